@@ -1,0 +1,237 @@
+"The slow reference adds up for every optimizer it knows, and gives the known answer in planted cases."
+import copy
+
+import pytest
+import torch
+from fastcore.test import test_close as close
+from fastcore.test import test_eq as equal
+from torch import nn
+from torch.optim import SGD, Adam, AdamW
+
+import explaind_nb.derivation as derivation
+from explaind_nb.derivation import reference_kernel, reference_run
+
+M = 9
+UNEQUAL = [[1, 2, 3, 4], [5, 6], [7, 8, 1, 1], [3], [4, 2, 6]]
+
+
+class TwoHeads(nn.Module):
+    "A body and two heads; a batch goes through head b only if one of its samples asks for it."
+    def __init__(self, act=nn.Tanh):
+        super().__init__()
+        self.body, self.a, self.b = nn.Sequential(nn.Linear(3, 4), act()), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x, both=True):
+        h = self.body(x)
+        return self.a(h) + self.b(h) if both else self.a(h)
+
+
+def make(seed=0, act=nn.Tanh):
+    torch.manual_seed(seed)
+    return TwoHeads(act).double()
+
+
+def make_data(seed=1):
+    torch.manual_seed(seed)
+    return torch.utils.data.TensorDataset(torch.randn(M, 3).double(), torch.randint(2, (M,)), torch.ones(M, dtype=bool))
+
+
+def loss(model, batch):
+    x, y, both = batch
+    return nn.functional.cross_entropy(model(x, bool(both.any())), y, reduction="none")
+
+
+def target(model):
+    x = torch.linspace(-1, 1, 6).double().reshape(2, 3)
+    return torch.cat([model(x)[:, 0], model(x).logsumexp(1).mean()[None]])
+
+
+def tensors(batches): return [torch.tensor(b) for b in batches]
+
+
+def explained(optimizer_class=AdamW, batches=UNEQUAL, data=None, model=None, optimizer=None, **kw):
+    hyper = {k: kw.pop(k) for k in list(kw) if k not in ("nodes", "weights", "schedule")}
+    model = model or make()
+    optimizer = optimizer or optimizer_class(model.parameters(), **hyper)
+    return reference_kernel(model, optimizer, data or make_data(), tensors(batches), loss, target, **kw)
+
+
+def adds_up(ref, eps=1e-12):
+    "The parts make the prediction, both step axes make the same totals, and nothing acts before it was seen."
+    close(sum(ref.parts().values()), ref.prediction, eps)
+    close(ref.decay.sum(0), ref.decay_gradient.sum(0), eps)
+    S = len(ref.kernel)
+    assert ref.kernel[torch.triu(torch.ones(S, S, dtype=torch.bool), 1)].eq(0).all()
+
+
+ZOO = {
+    "sgd": (SGD, dict(lr=.1)),
+    "sgd_decay": (SGD, dict(lr=.1, weight_decay=.2)),
+    "sgd_tensor_lr": (SGD, dict(lr=torch.tensor(.1, dtype=torch.float64), momentum=.9)),
+    "momentum": (SGD, dict(lr=.1, momentum=.9, weight_decay=.2)),
+    "dampening": (SGD, dict(lr=.1, momentum=.9, dampening=.5, weight_decay=.2)),
+    "nesterov": (SGD, dict(lr=.1, momentum=.9, nesterov=True, weight_decay=.2)),
+    "sgd_maximize": (SGD, dict(lr=.1, momentum=.9, dampening=.5, weight_decay=.2, maximize=True)),
+    "adam": (Adam, dict(lr=.02)),
+    "adam_l2": (Adam, dict(lr=.02, weight_decay=.2)),
+    "adam_amsgrad": (Adam, dict(lr=.02, weight_decay=.2, amsgrad=True, betas=(.8, .5))),
+    "adam_decoupled": (Adam, dict(lr=.02, weight_decay=.2, decoupled_weight_decay=True)),
+    "adam_maximize": (Adam, dict(lr=.02, weight_decay=.2, maximize=True)),
+    "adamw": (AdamW, dict(lr=.02, weight_decay=.5)),
+    "adamw_no_decay": (AdamW, dict(lr=.02, weight_decay=0.)),
+    "adamw_amsgrad": (AdamW, dict(lr=.02, weight_decay=.5, amsgrad=True, betas=(.8, .5))),
+    "adamw_maximize": (AdamW, dict(lr=.02, weight_decay=.5, maximize=True)),
+}
+every_optimizer = pytest.mark.parametrize("optimizer_class, hyper", ZOO.values(), ids=ZOO)
+
+
+@every_optimizer
+def test_parts_add_up(optimizer_class, hyper):
+    ref = explained(optimizer_class, **hyper)
+    adds_up(ref)
+    equal(tuple(ref.kernel.shape), (5, 5, 6, M, 3))
+    equal(ref.initial.abs().max().item(), 0.)
+    equal(ref.names, [n for n, _ in make().named_parameters()])
+    assert ref.kernel.abs().max() > 1e-4
+
+
+@every_optimizer
+def test_training_is_torchs_own(optimizer_class, hyper):
+    ref, model = explained(optimizer_class, **hyper), make()
+    optimizer, data = optimizer_class(model.parameters(), **hyper), make_data()
+    for ids in tensors(UNEQUAL):
+        optimizer.zero_grad()
+        loss(model, data[ids]).mean().backward()
+        optimizer.step()
+    for n, p in model.named_parameters(): close(p.detach(), ref.thetas[-1][n], 1e-12)
+    close(target(model).detach(), ref.prediction, 1e-12)
+
+
+@every_optimizer
+def test_warm_start(optimizer_class, hyper):
+    "Explained in two halves, the second with a warm optimizer, the run is the same run."
+    whole, model = explained(optimizer_class, **hyper), make()
+    optimizer = optimizer_class(model.parameters(), **hyper)
+    first = explained(batches=UNEQUAL[:2], model=model, optimizer=optimizer)
+    second = explained(batches=UNEQUAL[2:], model=model, optimizer=optimizer)
+    adds_up(first), adds_up(second)
+    close(second.prediction, whole.prediction, 1e-13)
+    close(second.kernel, whole.kernel[2:, 2:], 1e-13)
+    late = whole.kernel[2:, :2].sum((0, 1, 3))   # what the first half still moved in the second
+    if whole.decay.equal(whole.decay_gradient): close(second.initial, late, 1e-13)
+    else: assert (second.initial - late).abs().max() > 1e-6   # coupled decay sits in the buffer too
+
+
+@every_optimizer
+def test_parameter_without_gradient_is_not_stepped(optimizer_class, hyper):
+    "Head b gets no gradient at steps 0 and 2: no movement, no decay, and its buffer opens at step 1."
+    data = make_data()
+    data.tensors[2][:] = False
+    data.tensors[2][[5, 6]] = True
+    ref = explained(optimizer_class, [[1, 2, 3], [5, 6], [7, 8], [6, 5], [5]], data, **hyper)
+    adds_up(ref)
+    b = [i for i, n in enumerate(ref.names) if n.startswith("b.")]
+    for s in (0, 2):
+        equal(ref.kernel[s][:, b].abs().max().item() + ref.decay[s][b].abs().max().item(), 0.)
+        equal(ref.decay_gradient[s][b].abs().max().item(), 0.)
+        assert all(ref.thetas[s][ref.names[c]].equal(ref.thetas[s + 1][ref.names[c]]) for c in b)
+    assert ref.kernel[1][:, b].abs().max() > 1e-5
+
+
+@every_optimizer
+def test_learning_rate_zero(optimizer_class, hyper):
+    model = make()
+    optimizer = optimizer_class(model.parameters(), **hyper)
+    def schedule(s): optimizer.param_groups[0]["lr"] = 0. if s == 2 else .05
+    ref = explained(model=model, optimizer=optimizer, schedule=schedule)
+    adds_up(ref)
+    equal(ref.kernel[2].abs().max().item() + ref.decay[2].abs().max().item(), 0.)
+    remembers = optimizer_class is not SGD or hyper.get("momentum")
+    equal(ref.kernel[:, 2].abs().max().item() > 1e-6, bool(remembers))
+
+
+def test_parameter_groups_and_frozen_parameters():
+    model = make()
+    model.a.bias.requires_grad_(False)
+    groups = [dict(params=model.body.parameters(), lr=.01, weight_decay=0.),
+              dict(params=[model.a.weight, model.a.bias], lr=.1, weight_decay=.5)]   # head b: no optimizer owns it
+    ref = explained(model=model, optimizer=AdamW(groups))
+    adds_up(ref)
+    still = [i for i, n in enumerate(ref.names) if n.startswith("b.") or n == "a.bias"]
+    equal(ref.kernel[:, :, still].abs().max().item() + ref.decay[:, still].abs().max().item(), 0.)
+    decayed = [n for n, d in zip(ref.names, ref.decay.abs().amax((0, 2))) if d > 0]
+    equal(decayed, ["a.weight"])
+
+
+def test_never_seen_sample_gets_nothing(): equal(explained().kernel[:, :, :, 0].abs().max().item(), 0.)
+
+
+def test_duplicated_sample_splits_evenly():
+    "Two ids with the same content, always together, share what one id with twice the weight gets."
+    data = make_data()
+    for t in data.tensors: t[2] = t[1]
+    both = explained(batches=[[1, 2, 3], [1, 2, 4], [5, 6]], data=data, lr=.02)
+    close(both.kernel[:, :, :, 1], both.kernel[:, :, :, 2], 1e-15)
+    once = explained(batches=[[1, 3], [1, 4], [5, 6]], data=data, lr=.02,
+                     weights=[torch.tensor([2., 1.]).double()/3]*2 + [torch.ones(2)/2])
+    close(once.kernel[:, :, :, 1], 2*both.kernel[:, :, :, 1], 1e-14)
+    repeat = explained(batches=[[1, 1, 3], [1, 1, 4], [5, 6]], data=data, lr=.02)
+    close(repeat.kernel, once.kernel, 1e-14)
+
+
+def test_swapped_ids_swap_columns():
+    data, swapped = make_data(), make_data()
+    for t, u in zip(data.tensors, swapped.tensors): u[[4, 7]] = t[[7, 4]]
+    batches = [[{4: 7, 7: 4}.get(k, k) for k in b] for b in UNEQUAL]
+    one, two = explained(data=data, lr=.02), explained(data=swapped, batches=batches, lr=.02)
+    order = [0, 1, 2, 3, 7, 5, 6, 4, 8]
+    close(one.kernel, two.kernel[:, :, :, order], 1e-14)
+
+
+def test_order_within_a_batch_does_not_matter():
+    one = explained(batches=[range(M)]*3, lr=.02)
+    two = explained(batches=[torch.randperm(M).tolist() for _ in range(3)], lr=.02)
+    close(one.kernel, two.kernel, 1e-12)
+
+
+def test_sample_of_weight_zero_gets_nothing():
+    ref = explained(batches=[[1, 2, 3]]*3, lr=.02, weights=[torch.tensor([.5, 0., .5])]*3)
+    equal(ref.kernel[:, :, :, 2].abs().max().item(), 0.)
+    adds_up(ref)
+
+
+def test_samples_fill_torchs_buffer():
+    "The recorded gradients of the samples, filtered by hand, are the buffer that torch holds at the end."
+    model = make()
+    optimizer = SGD(model.parameters(), lr=.1, momentum=.9, dampening=.3)
+    run = reference_run(model, optimizer, make_data(), tensors(UNEQUAL), loss)
+    for n, p in model.named_parameters():
+        buffer = 0.
+        for s, step in enumerate(run.steps): buffer = .9*buffer + (1. if s == 0 else .7)*step.gradients[n].sum(0)
+        close(buffer, optimizer.state[p]["momentum_buffer"], 1e-14)
+
+
+@pytest.mark.parametrize("act, few, many, limit", [(nn.Tanh, 4, 40, 50.), (nn.ReLU, 4, 400, 5.)])
+def test_more_nodes_leave_less_residual(act, few, many, limit):
+    ref = [explained(model=make(act=act), nodes=n, lr=.1) for n in (few, many)]
+    for r in ref: adds_up(r)
+    assert ref[0].residual.abs().sum() > limit*ref[1].residual.abs().sum()
+
+
+def test_model_is_left_at_the_end():
+    model = make()
+    ref = explained(model=model)
+    for n, p in model.named_parameters(): assert p.equal(ref.thetas[-1][n])
+
+
+def test_wrong_coefficients_are_refused(monkeypatch):
+    "Without the rule for the first buffer, dampening misses torch's step."
+    late = lambda group, state, new: derivation._frozen_sgd(group, state, False)
+    monkeypatch.setitem(derivation._frozen, SGD, late)
+    with pytest.raises(RuntimeError, match="step 0, parameter body.0.weight"):
+        explained(SGD, lr=.1, momentum=.9, dampening=.5)
+
+
+def test_unknown_optimizer_and_dtype():
+    with pytest.raises(ValueError, match="RMSprop.*Use one of SGD, Adam, AdamW"): explained(torch.optim.RMSprop, lr=.1)
+    with pytest.raises(TypeError, match=r"float64.*model.double"): explained(model=copy.deepcopy(make()).float())
