@@ -7,14 +7,14 @@ __all__ = ['Frozen', 'get_theta', 'set_theta', 'gradient_rows', 'sample_gradient
            'reference_step', 'reference_run', 'stream_displacements', 'Reference', 'reference_table',
            'reference_kernel']
 
-# %% ../nbs/01_derivation.ipynb #02107f33
+# %% ../nbs/01_derivation.ipynb #24021981
 from collections import namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_derivation.ipynb #88f15e68
+# %% ../nbs/01_derivation.ipynb #4eaeb311
 def get_theta(model) -> dict[str, Tensor]:
     "A copy of all parameters: `{name: tensor}`."
     return {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -39,7 +39,7 @@ def sample_gradients(model, loss, data,
     "Gradient of each sample's own loss, from its own forward and backward pass: `{name: [B, *shape]}`."
     return gradient_rows(model, [loss(model, data[k[None]])[0] for k in ids])
 
-# %% ../nbs/01_derivation.ipynb #5a85560c
+# %% ../nbs/01_derivation.ipynb #068ce7d2
 def path_gradient(model, target,
                   theta: dict,       # start of the segment
                   theta_next: dict,  # its end; the model is left here
@@ -58,7 +58,7 @@ def target_at(model, target, theta: dict) -> Tensor:
     set_theta(model, theta)
     with torch.no_grad(): return target(model).reshape(-1).clone()
 
-# %% ../nbs/01_derivation.ipynb #3b590cf1
+# %% ../nbs/01_derivation.ipynb #181b3062
 Frozen = namedtuple("Frozen", "keep enter out skip")   # the coefficients A, B, C, D of one tensor at one step
 
 def _frozen_sgd(group, state, new_buffer):
@@ -83,7 +83,7 @@ def advance(coef: Frozen,
     buffer = coef.keep*buffer + coef.enter*g
     return -(coef.out*buffer + coef.skip*g), buffer
 
-# %% ../nbs/01_derivation.ipynb #c54a4741
+# %% ../nbs/01_derivation.ipynb #f9991e1c
 def _reader(optimizer):
     "The function that reads this optimizer's frozen coefficients."
     if type(optimizer) in _frozen: return _frozen[type(optimizer)]
@@ -139,7 +139,7 @@ def reference_run(model, optimizer, data, batches, loss,
         run.thetas.append(get_theta(model))
     return run
 
-# %% ../nbs/01_derivation.ipynb #920ba284
+# %% ../nbs/01_derivation.ipynb #5ffb15da
 def _inputs(run, s, name, rows):
     "What enters each stream of tensor `name` at step `s`: [R, *shape], zero but for the rows of that step."
     step, N = run.steps[s], len(run.steps)
@@ -154,7 +154,8 @@ def _check_rows(run, s, name, rows):
     before, after = run.thetas[s][name], run.thetas[s + 1][name]
     gap = (rows.sum(0) - (after - before)).abs().max().item() if rows.numel() else 0.
     eps = torch.finfo(torch.float64).eps
-    if gap > 1e-12*rows.abs().sum(0).max().item() + 4*eps*before.abs().max().item():
+    limit = 1e-12*rows.abs().sum(0).max().item() + 4*eps*before.abs().max().item() if rows.numel() else 0.
+    if not gap <= limit:   # also when something is not finite
         raise RuntimeError(f"step {s}, parameter {name}: the streams miss torch's step by {gap:.1e}. "
                            "Read the coefficients of this optimizer again.")
 
@@ -171,7 +172,7 @@ def stream_displacements(run):
             _check_rows(run, s, n, moved[n])
         yield moved
 
-# %% ../nbs/01_derivation.ipynb #a99f7626
+# %% ../nbs/01_derivation.ipynb #2a9b0313
 @dataclass
 class Reference:
     "What the slow reference found, float64: S steps, C parameter tensors, M samples, T targets; + raised the target."
@@ -201,13 +202,15 @@ def _rows_to_kernel(run, table, samples):
             r += 1
     return kernel
 
+def _flat(rows): return rows.reshape(len(rows), -1)   # a scalar parameter has rows too
+
 def reference_table(run, phi):
     "Contribution of every stream at every step: [S, R, C, T]."
     names, R, T = list(run.thetas[0]), 1 + len(run.steps) + sum(map(len, run.ids)), len(next(iter(phi[0].values())))
     table = torch.zeros(len(run.steps), R, len(names), T, dtype=torch.float64)
     for s, moved in enumerate(stream_displacements(run)):
         for n in moved.keys() & phi[s].keys():
-            table[s, :, names.index(n)] = moved[n].flatten(1) @ phi[s][n].flatten(1).T
+            table[s, :, names.index(n)] = _flat(moved[n]) @ _flat(phi[s][n]).T
     return table
 
 def reference_kernel(model,          # float64 module; trained in place, left at theta_N
@@ -224,7 +227,7 @@ def reference_kernel(model,          # float64 module; trained in place, left at
     run = reference_run(model, optimizer, data, batches, loss, weights, schedule)
     f = torch.stack([target_at(model, target, theta) for theta in run.thetas])
     phi = [path_gradient(model, target, a, b, nodes) for a, b in zip(run.thetas, run.thetas[1:])]
-    along = [sum(((b[n] - a[n])*p[n]).flatten(1).sum(1) for n in p) for p, a, b in zip(phi, run.thetas, run.thetas[1:])]
+    along = [sum(_flat((b[n] - a[n])*p[n]).sum(1) for n in p) for p, a, b in zip(phi, run.thetas, run.thetas[1:])]
     table, S = reference_table(run, phi), len(run.steps)
     return Reference(kernel=_rows_to_kernel(run, table, len(data)), initial=table[:, 0].sum(0),
                      decay=table[:, 1:1 + S].sum(1), decay_gradient=table[:, 1:1 + S].sum(0),

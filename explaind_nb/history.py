@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'FILE_BYTES', 'FLUSH_SECONDS', 'checksum', 'read_index', 'Chunk', 'Store', 'History', 'linear_deviation',
            'largest', 'limits', 'factor', 'check_modules', 'Recorder', 'Indexed']
 
-# %% ../nbs/03_history.ipynb #0968f8a8
+# %% ../nbs/03_history.ipynb #5a0044fa
 import json, math, os, queue, shutil, threading, time, warnings, zlib
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from fastcore.basics import patch
 from .optimizers import linear_step_class, kind_of, step_class_of
 
-# %% ../nbs/03_history.ipynb #72448c87
+# %% ../nbs/03_history.ipynb #6ec4e781
 FORMAT = "explaind_nb history 1"
 FILE_BYTES = 16 << 20    # a data file is written once it holds this much,
 FLUSH_SECONDS = 10.      # or once its oldest step has waited this long
@@ -44,20 +44,24 @@ def checksum(tensors) -> int:
     for t in tensors: crc = zlib.crc32(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
     return crc
 
-# %% ../nbs/03_history.ipynb #a6a51256
+# %% ../nbs/03_history.ipynb #51f46bca
+def _damaged(file, error):
+    return RuntimeError(f"{file} is missing or damaged ({error}). Restore the file from a copy, or record again.")
+
 def read_index(file) -> tuple:   # the lines, and how many bytes they take
     "The complete lines of an index file; a torn last one is dropped with a warning."
-    lines, good, rows = [], 0, Path(file).read_bytes().splitlines(keepends=True) if Path(file).exists() else []
+    rows = Path(file).read_bytes().splitlines(keepends=True) if Path(file).exists() else []
+    lines, good = [], 0
     for n, row in enumerate(rows):
         try: lines.append(json.loads(row if row.endswith(b"\n") else b"torn"))
         except ValueError:
-            if n + 1 < len(rows): raise RuntimeError(f"{file}: line {n + 1} is damaged. Restore the file from a copy, or record again.") from None
+            if n + 1 < len(rows): raise _damaged(file, f"line {n + 1} is damaged") from None
             warnings.warn(f"{file}: the last line is torn (the writer was killed) and is dropped.")
             break
         good += len(row)
     return lines, good
 
-# %% ../nbs/03_history.ipynb #c215ea0f
+# %% ../nbs/03_history.ipynb #d6fd20d3
 class Chunk:
     "Consecutive steps on their way to one file: `tensors[key][row]`."
     def __init__(self,
@@ -84,14 +88,14 @@ class Chunk:
         return dict(out, ids=torch.cat(self.ids), weights=torch.cat(self.weights))
     def index(self, file):
         "The lines as they go to the index, with checksums of the parameters and of everything else."
-        return [dict(line, file=file, crc32=_checksums({k: t[r] for k, t in self.tensors.items()}, self.ids[r], self.weights[r]))
-                for r, line in enumerate(self.lines)]
+        rows = [({k: t[r] for k, t in self.tensors.items()}, self.ids[r], self.weights[r]) for r in range(len(self))]
+        return [dict(line, file=file, crc32=_checksums(*row)) for line, row in zip(self.lines, rows)]
 
 def _checksums(tensors, ids, weights):
     theta, rest = ([tensors[k] for k in sorted(tensors) if k.startswith("theta/") is own] for own in (True, False))
     return [checksum(theta), checksum(rest + [ids, weights])]
 
-# %% ../nbs/03_history.ipynb #a6a3ffd0
+# %% ../nbs/03_history.ipynb #58dbccbc
 class Store:
     "Appends steps to a directory, in order, from a background thread."
     def __init__(self, path):
@@ -115,8 +119,9 @@ class Store:
         self.chunk = None
     def check(self):
         "Raise what went wrong in the background."
-        if self.error is not None: raise RuntimeError(f"Writing the history {self.path} failed: {self.error!r}. Steps in its index are safe; "
-            "remove the cause (space on the disk?), then restore the last one by History.restore and go on.") from self.error
+        if self.error is not None:
+            raise RuntimeError(f"Writing the history {self.path} failed: {self.error!r}. Indexed steps are safe: remove the "
+                               "cause (full disk?), then go on by History.restore.") from self.error
     def close(self, last=()):
         "Finish what is queued, then append some last lines."
         self.flush()
@@ -124,11 +129,11 @@ class Store:
         self.thread.join()
         try:
             self.check()
-            self.log(last)
+            if last: self.log(last)
         finally: self.lines.close()
     def _work(self):
         while (chunk := self.queue.get()) is not None:
-            try: 
+            try:
                 if self.error is None: self.write(chunk)
             except BaseException as e: self.error = e
     def write(self, chunk, file=None):
@@ -153,18 +158,19 @@ def _lock(file):
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise RuntimeError(f"{Path(file.name).parent} is being recorded to by another Recorder. Wait for it, or take a new directory.") from None
+        raise RuntimeError(f"{Path(file.name).parent} is being recorded to by another Recorder. "
+                           "Wait for it, or take a new directory.") from None
 
-# %% ../nbs/03_history.ipynb #2a702c83
-def _damaged(file, error): return RuntimeError(f"{file} is missing or damaged ({error}). The history is not usable beyond the step before it: restore the file from a copy, or record again.")
-
+# %% ../nbs/03_history.ipynb #b18cb6dc
 class _File:
     "One data file, mapped into memory."
     def __init__(self, path):
         try: self.handle = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as e: raise _damaged(path, e) from None
         self.keys = set(self.handle.keys())
-    def get(self, key, rows, **kwargs): return self.handle.get_slice(key)[rows].to(copy=True, **kwargs)  # a copy: the slice is the file itself
+    def get(self, key, rows, **kwargs):
+        "Rows of an array: a copy, since the slice is the file itself."
+        return self.handle.get_slice(key)[rows].to(copy=True, **kwargs)
 
 class History:
     "A recorded run. Step `s` goes from `theta(s)` to `theta(s + 1)`; `len(history)` is the number of steps."
@@ -173,22 +179,31 @@ class History:
                 ):
         self.path = Path(path)
         if not (self.path/"meta.json").exists():
-            raise ValueError(f"{self.path} holds no history (there is no meta.json). Record one: with Recorder(model, optimizer, {str(path)!r}) as recorder: ...")
+            raise ValueError(f"{self.path} holds no history (there is no meta.json). "
+                             f"Record one: with Recorder(model, optimizer, {str(path)!r}) as recorder: ...")
         self.meta = json.loads((self.path/"meta.json").read_text())
-        if self.meta.get("format") != FORMAT: raise ValueError(f"{self.path} is not a history of this version ({self.meta.get('format')!r}, not {FORMAT!r}). Read it with the version that wrote it.")
-        self.names, self.shapes = [p["name"] for p in self.meta["parameters"]], {p["name"]: tuple(p["shape"]) for p in self.meta["parameters"]}
-        lines = read_index(self.path/"index.jsonl")[0]
-        self.lines, self.skipped = [o for o in lines if "step" in o], [ids for o in lines for ids in o.get("skipped", [])]
-        if [o["step"] for o in self.lines] != list(range(-1, len(self.lines) - 1)) or not self.lines:
-            raise RuntimeError(f"The index of {self.path} does not count its steps -1, 0, 1, ...: it was edited or mixed with another. Restore it from a copy, or record again.")
+        if self.meta.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is not in the format {FORMAT!r}, but {self.meta.get('format')!r}. "
+                             "Read it with the version of explaind_nb that wrote it.")
+        self.shapes = {p["name"]: tuple(p["shape"]) for p in self.meta["parameters"]}
+        self.names = list(self.shapes)
+        self._read_lines()
         self._open = lru_cache(4)(lambda file: _File(self.path/file))
+    def _read_lines(self):
+        lines = read_index(self.path/"index.jsonl")[0]
+        self.lines = [o for o in lines if "step" in o]
+        self.skipped = [ids for o in lines for ids in o.get("skipped", [])]
+        if not self.lines: raise RuntimeError(f"{self.path} was killed before its start was written. Record again.")
+        if [o["step"] for o in self.lines] != list(range(-1, len(self))):
+            raise _damaged(self.path/"index.jsonl", "it does not count its steps -1, 0, 1, ...: was it edited?")
     def __len__(self): return len(self.lines) - 1
     def __repr__(self): return f"History({str(self.path)!r}): {len(self)} steps, {len(self.names)} parameter tensors"
     def record(self,
                s: int,   # step; -1 is the start
               ) -> dict:
         "The index line of a step: hyper-parameters, counters, checks, and where its data are."
-        if not -1 <= s < len(self): raise IndexError(f"Step {s} was not recorded: {self.path} holds steps 0 to {len(self) - 1}.")
+        if not -1 <= s < len(self):
+            raise IndexError(f"Step {s} was not recorded. Ask for one of steps 0 to {len(self) - 1} of {self.path}.")
         return self.lines[s + 1]
     def _get(self, s, keys, **kwargs):
         "The tensors of some keys after step s (absent ones left out)."
@@ -196,6 +211,10 @@ class History:
         file = self._open(line["file"])
         try: return {k: file.get(k, line["row"], **kwargs) for k in keys if k in file.keys}
         except (IndexError, SafetensorError) as e: raise _damaged(self.path/line["file"], e) from None
+    def _kept(self, s, group, i, **kwargs):
+        "What was kept of parameter number `i` after step s, besides its value: {key: Tensor}."
+        found = self._get(s, [f"{k}/{self.names[i]}" for k in group["keys"]], **kwargs)
+        return {k.partition("/")[0]: t for k, t in found.items()}
     def theta(self,
               s: int,                 # 0 is the start, len(self) the end
               device=None, dtype=None # as recorded by default
@@ -220,15 +239,15 @@ class History:
         for group in line["groups"]:
             cls = step_class_of(self.meta["optimizers"][group["optimizer"]])
             for i in set(group["parameters"]) & which:
-                rec = self._get(s, [f"{k}/{self.names[i]}" for k in group["keys"]], device=device, dtype=dtype)
-                rec = {k.partition("/")[0]: t for k, t in rec.items()}
-                if rec.keys() >= set(group["keys"]) - {"step"}: out[self.names[i]] = cls(group["hyper"], line["count"][i], rec)
+                rec = self._kept(s, group, i, device=device, dtype=dtype)
+                if rec.keys() < set(group["keys"]) - {"step"}: continue      # has no state yet
+                out[self.names[i]] = cls(group["hyper"], line["count"][i], rec)
         return {n: out[n] for n in self.names if n in out}
     def linear(self,
                s: int,                              # step
                device=None, dtype=torch.float64     # of the tensors in the result
               ) -> dict:                            # {name: LinearStep}
-        "The linear map of step `s` for every tensor that the optimizer stepped; the others did not move and kept their state."
+        "The linear map of step `s` for every tensor that was stepped; the others stood still and kept their state."
         return self._steps(s, set(self.record(s)["stepped"]), device, dtype)
     def state(self,
               s: int,                               # step
@@ -239,14 +258,14 @@ class History:
         steps = self._steps(s - 1, warm, device, dtype)
         return {n: st.state for n, st in steps.items() if st.state is not None}
     def scale(self, s: int) -> dict:
-        "Factors between the accumulated gradient and the one the optimizer used (clipping, unscaling), where not 1: {name: float}."
+        "{name: c} where the optimizer used c times the accumulated gradient (clipping, unscaling) and c is not 1."
         return {self.names[int(i)]: c for i, c in self.record(s).get("scale", {}).items()}
     def lr(self, s: int) -> float:
         "Learning rate of the first parameter group in step `s`."
         return self.record(s)["groups"][0]["hyper"]["lr"]
 
-# %% ../nbs/03_history.ipynb #4e45b47d
-def _same(a, b): return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
+# %% ../nbs/03_history.ipynb #e60c4c16
+def _same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
 
 def _buffers(model): return {f"buffer/{n}": b.detach() for n, b in model.named_buffers()}
 
@@ -258,12 +277,14 @@ def buffers(self:History) -> dict:
 @patch
 def check_model(self:History, model: nn.Module):
     "Raise `ValueError` if a model's parameters or buffers are not those of the recorded one."
-    have, remedy = {n: tuple(p.shape) for n, p in model.named_parameters()}, f"Build the model exactly as it was when {self.path} was recorded."
+    have = {n: tuple(p.shape) for n, p in model.named_parameters()}
     new, gone = sorted(have.keys() - self.shapes.keys()), sorted(self.shapes.keys() - have.keys())
-    if new or gone: raise ValueError(f"The model's parameters are not the recorded ones: it has {new}, which were not recorded, and lacks {gone}, which were. {remedy}")
-    wrong = [f"{n} {have[n]} (recorded {self.shapes[n]})" for n in self.names if have[n] != self.shapes[n]]
-    if wrong: raise ValueError(f"Parameters of the model have other shapes than recorded: {', '.join(wrong)}. {remedy}")
-    if not _same(_buffers(model), self.buffers()): raise ValueError(f"The model's buffers are not the recorded ones, {sorted(self.buffers())}. {remedy}")
+    wrong = [f"{n} {o} (recorded {self.shapes.get(n)})" for n, o in have.items() if o != self.shapes.get(n)]
+    what = None
+    if not _same(_buffers(model), self.buffers()): what = f"buffers are not the recorded ones {sorted(self.buffers())}"
+    if wrong: what = f"parameters have other shapes than recorded: {', '.join(wrong)}"
+    if new or gone: what = f"parameters are not the recorded ones: it has also {new}, and lacks {gone}"
+    if what: raise ValueError(f"The model's {what}. Build the model exactly as it was when {self.path} was recorded.")
 
 @patch
 def verify(self:History):
@@ -271,24 +292,27 @@ def verify(self:History):
     for s in range(-1, len(self)):
         line = self.record(s)
         data = self._get(s, self._open(line["file"]).keys - {"ids", "weights"})
-        if _checksums(data, self.ids(s), self.weights(s)) != line["crc32"]: raise _damaged(self.path/line["file"], f"checksum of step {s}")
+        if _checksums(data, self.ids(s), self.weights(s)) != line["crc32"]:
+            raise _damaged(self.path/line["file"], f"checksum of step {s}")
 
 @patch
 def find(self:History, model: nn.Module):
     "The largest `s` for which `theta(s)` equals the model's parameters bit by bit, or None."
-    params, crc = {f"theta/{n}": p for n, p in model.named_parameters()}, lru_cache(None)(lambda *keys: checksum(params[k] for k in keys))
+    params = {f"theta/{n}": p for n, p in model.named_parameters()}
+    crc = lru_cache(None)(lambda *keys: checksum(params[k] for k in keys))
     for s in range(len(self), -1, -1):
         line = self.record(s - 1)
         if crc(*sorted(k for k in self._open(line["file"]).keys if k in params)) == line["crc32"][0]: return s
 
-# %% ../nbs/03_history.ipynb #03d53e18
+# %% ../nbs/03_history.ipynb #491a0f4a
 def _as_list(optimizer): return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
 
 def _counter(n, p, group):
     "`n` the way `torch.optim` keeps its counter `step`."
     on_device = group.get("fused") or group.get("capturable")
     double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-    return torch.tensor(float(n), dtype=torch.float64 if double else torch.float32, device=p.device if on_device else None)
+    dtype, device = torch.float64 if double else torch.float32, p.device if on_device else None
+    return torch.tensor(float(n), dtype=dtype, device=device)
 
 @patch
 def optimizer_state(self:History,
@@ -298,8 +322,8 @@ def optimizer_state(self:History,
     line, out = self.record(s - 1), {}
     for group in line["groups"]:
         for i in group["parameters"]:
-            state = self._get(s - 1, [f"{k}/{self.names[i]}" for k in group["keys"] if k != "grad"]) if line["count"][i] else {}
-            state = {k.partition("/")[0]: t for k, t in state.items()}
+            state = self._kept(s - 1, group, i) if line["count"][i] else {}
+            state.pop("grad", None)
             if state and "step" in group["keys"]: state["step"] = line["count"][i]
             if state: out[self.names[i]] = state
     return out
@@ -317,20 +341,22 @@ def restore(self:History,
     owner = {p: (o, g) for o in _as_list(optimizer) for g in o.param_groups for p in g["params"]}
     params = dict(model.named_parameters())
     lost = [n for n in state if params[n] not in owner]
-    if lost: raise ValueError(f"The history holds optimizer state of {lost}, which the optimizer given here does not own. Add their parameter group before restoring.")
+    if lost: raise ValueError(f"The history holds optimizer state of {lost}, which the optimizer here does not own. "
+                              "Add their parameter group before restoring.")
     for n, p in params.items():
         with torch.no_grad(): p.copy_(theta[n])
         if p not in owner: continue
         o, group = owner[p]
         o.state.pop(p, None)
-        if n in state: o.state[p] = {k: _counter(v, p, group) if k == "step" else v.to(p.device) for k, v in state[n].items()}
+        if n in state:
+            o.state[p] = {k: _counter(v, p, group) if k == "step" else v.to(p.device) for k, v in state[n].items()}
 
-# %% ../nbs/03_history.ipynb #80dd73a0
+# %% ../nbs/03_history.ipynb #95daf444
 def linear_deviation(step,            # LinearStep
                      g,               # gradient, as in `p.grad`
                      prev,            # linear state before the step, None if there was none
                      before, after,   # the parameter before and after the step
-                    ) -> tuple:       # (recorded displacement, its difference to the linear one, recorded state, its difference to the linear one)
+                    ) -> tuple:       # displacement, its distance to the linear one; the state likewise
     "A recorded step beside its linear step."
     linear, state = step.forward(prev, step.couple(g, before))
     decay, delta = step.decoupled(before), after - before
@@ -348,7 +374,7 @@ def limits(delta, state, theta, # largest magnitudes, floats
     "What rounding may do to a displacement and to a state."
     return 4*eps*theta + 1e-5*delta, 1e-5*state
 
-# %% ../nbs/03_history.ipynb #eb550a58
+# %% ../nbs/03_history.ipynb #3f0ac2a4
 def factor(a: Tensor,   # gradient as accumulated
            b: Tensor,   # gradient as used
           ):            # float or None
@@ -358,33 +384,39 @@ def factor(a: Tensor,   # gradient as accumulated
     c = (a * b).sum() / n if n > 0 else n
     return c.item() if ((b - c*a).abs() <= 8*info.eps*(c*a).abs() + info.tiny).all() else None
 
-# %% ../nbs/03_history.ipynb #482c57fc
+# %% ../nbs/03_history.ipynb #c987fbe6
 _coupling, _running = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
-def _random(m): return isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 or isinstance(getattr(m, "dropout", None), float) and m.dropout > 0 or isinstance(m, nn.RReLU)
+def _random(m):
+    p = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else getattr(m, "dropout", 0)    # attention, RNN: a number
+    return isinstance(m, nn.RReLU) or isinstance(p, (int, float)) and p > 0
 
 def _unfit(m):
     "What keeps a module in its present mode from being a fixed function of parameters and one sample, or None."
-    if isinstance(m, _coupling) and (m.training or m.running_mean is None): return "couples the samples of a batch. Put it in eval() mode, or use GroupNorm or LayerNorm instead"
-    if isinstance(m, _running) and m.training and m.track_running_stats: return "updates running statistics. Put it in eval() mode or set track_running_stats=False"
-    if m.training and _random(m): return "is random in train mode. Set its probability to 0 or put it in eval() mode"
+    if isinstance(m, _coupling) and (m.training or m.running_mean is None):
+        return "couples the samples of a batch. Put it in eval() mode, or use GroupNorm or LayerNorm instead"
+    if isinstance(m, _running) and m.training and m.track_running_stats:
+        return "updates running statistics. Put it in eval() mode, or set track_running_stats=False"
+    if m.training and _random(m): return "is random in train mode. Set its probability to 0, or put it in eval() mode"
 
 def check_modules(modules):
     "Raise `ValueError` for a module that is random or couples samples, naming the remedy."
     for name, m in modules:
         if (why := _unfit(m)): raise ValueError(f"Module {name!r} ({type(m).__name__}) {why}.")
 
-# %% ../nbs/03_history.ipynb #ac6f0529
+# %% ../nbs/03_history.ipynb #e0aaa11c
 def _checked_batch(ids, weight):
     "Ids as int64 [B] and weights as float64 [B] on the CPU."
     ids = torch.as_tensor(ids).detach()
     if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"Sample ids must be a non-empty 1-D tensor of integers, not {tuple(ids.shape)} of {ids.dtype}. Pass the indices of the batch's samples: recorder.batch(ids).")
+        raise ValueError(f"Sample ids must be a non-empty 1-D tensor of integers, not {ids.dtype} {tuple(ids.shape)}. "
+                         "Pass the indices of the batch's samples: recorder.batch(ids).")
     ids = ids.to("cpu", torch.int64, copy=True)
     if ids.min() < 0: raise ValueError(f"Sample id {ids.min()} is negative. Number the samples from 0.")
     w = torch.as_tensor(1/len(ids) if weight is None else weight, dtype=torch.float64).detach().cpu()
-    if w.dim() and w.shape != ids.shape: raise ValueError(f"The weight has shape {tuple(w.shape)} for {len(ids)} ids. Pass one number, or one per sample: the gradient is sum_k w_k grad loss_k.")
-    if not w.isfinite().all(): raise ValueError("A sample weight is not finite. Weights are the factors w_k of the losses in the gradient.")
+    if w.dim() and w.shape != ids.shape:
+        raise ValueError(f"The weight has shape {tuple(w.shape)} for {len(ids)} ids. Pass one number, or one a sample.")
+    if not w.isfinite().all(): raise ValueError("A weight is not finite. Pass the w_k of sum_k w_k grad loss_k.")
     return ids, w.expand(len(ids)).clone()
 
 def _timed(method):
@@ -422,13 +454,14 @@ class Recorder:
         "What recording has taken so far: steps, seconds in the training loop, bytes on disk."
         return dict(steps=self.step, seconds=self.seconds, bytes=self.store.bytes)
 
-# %% ../nbs/03_history.ipynb #854e2a03
+# %% ../nbs/03_history.ipynb #c0381463
 def _clean(path):
     "Make `path` a directory without leftovers of killed writes; refuse one that holds something else."
     path.mkdir(parents=True, exist_ok=True)
     foreign = [f.name for f in path.iterdir() if f.name not in ("index.jsonl", "init.safetensors", "partial")]
     if foreign and not (path/"meta.json").exists():
-        raise ValueError(f"{path} holds files that are no history ({', '.join(sorted(foreign)[:3])}). Record into a new or empty directory.")
+        raise ValueError(f"{path} holds files that are no history ({', '.join(sorted(foreign)[:3])}). "
+                         "Record into a new or empty directory.")
 
 def _repair(path):
     "Drop a torn index line, half-written files and data files without lines."
@@ -450,7 +483,8 @@ def __enter__(self:Recorder):
         self.store.close()
         raise
     for k, o in enumerate(self.optimizers):
-        self.hooks += [o.register_step_pre_hook(lambda *_, k=k: self._before_step(k)), o.register_step_post_hook(lambda *_, k=k: self._after_step(k))]
+        self.hooks.append(o.register_step_pre_hook(lambda *_, k=k: self._before_step(k)))
+        self.hooks.append(o.register_step_post_hook(lambda *_, k=k: self._after_step(k)))
     return self
 
 @patch
@@ -459,8 +493,8 @@ def _reset(self:Recorder):
     self.mirror, self.constants = {}, {}               # {"theta/NAME": ..., "exp_avg/NAME": ...}; what must not change
     self.step, self.count = 0, [self._count(i) for i in range(len(self.params))]
     self.hooks, self.watched, self.grads = [], {}, {}  # on optimizers; on parameters; what backward accumulated
-    self.arrived, self.stale, self.late = set(), set(), False
-    self.pending, self.skipped = [], []                # announced batches; those that led to no step
+    self._forget()                                     # announced batches, gradients that came, on top of what
+    self.skipped, self.late = [], False                # batches without a step; a backward between two steps
     self._open_record()
     self._owners()
     self.groups = [self._groups(k) for k in range(len(self.optimizers))]
@@ -475,16 +509,19 @@ def _owners(self:Recorder) -> dict:
     for o in self.optimizers:
         for p in (p for g in o.param_groups for p in g["params"]):
             i = self.number.get(p)
-            if i is None: raise ValueError(f"{type(o).__name__} holds a parameter of shape {tuple(p.shape)} that is not among model.named_parameters(). Give the Recorder the model that holds it.")
-            if i in out: raise ValueError(f"Parameter {self.names[i]!r} is in two optimizers. Give each parameter to one of them.")
-            if p.dtype not in (torch.float32, torch.float64): raise TypeError(f"Parameter {self.names[i]!r} is {p.dtype}: rounding would swallow much of each step. "
-                "Keep parameters in float32 (autocast may compute in less).")
+            if i is None: raise ValueError(f"{type(o).__name__} holds a parameter {tuple(p.shape)} that is not among "
+                                           "model.named_parameters(). Give the Recorder the model that holds it.")
+            n = self.names[i]
+            if i in out: raise ValueError(f"Parameter {n!r} is in two optimizers. Give each parameter to one.")
+            if p.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"Parameter {n!r} is {p.dtype}: rounding would swallow much of each step. "
+                                "Keep parameters in float32 (autocast may compute in less).")
             out[i] = o.state.get(p, {})
     return out
 
 @patch
 def _count(self:Recorder, i):
-    "How many steps the optimizer's state of parameter `i` has seen: torch's counter, or 1 for a state that came without."
+    "How many steps the state of parameter `i` has seen: torch's counter, or 1 for a state that has none."
     state = next((o.state[self.params[i]] for o in self.optimizers if self.params[i] in o.state), {})
     return int(state["step"]) if "step" in state else int(any(isinstance(v, Tensor) for v in state.values()))
 
@@ -492,63 +529,84 @@ def _count(self:Recorder, i):
 def _groups(self:Recorder, k):
     "The parameter groups of optimizer `k` as they stand."
     cls, o = self.classes[k], self.optimizers[k]
-    return [dict(optimizer=k, parameters=[self.number[p] for p in g["params"]], keys=_keys(cls, o, g), hyper=cls.hyper_of(g)) for g in o.param_groups]
+    return [dict(optimizer=k, parameters=[self.number[p] for p in g["params"]], keys=_keys(cls, o, g),
+                 hyper=cls.hyper_of(g)) for g in o.param_groups]
 
 def _keys(cls, o, group):
     "What is recorded of a group: what the linear step needs, and whatever else a restart would miss."
     kept = next((o.state[p] for p in group["params"] if o.state.get(p)), {})
     return list(dict.fromkeys([*cls.state_keys(group), *(k for k, v in kept.items() if isinstance(v, Tensor))]))
 
-# %% ../nbs/03_history.ipynb #a9e5bfff
+# %% ../nbs/03_history.ipynb #18393cf8
 @patch
 def _meta(self:Recorder) -> dict:
+    "What holds for the whole run."
     owned = self._owners()
-    return dict(format=FORMAT, optimizers=[kind_of(c) for c in self.classes], torch=torch.__version__, threads=torch.get_num_threads(), device=str(self.params[0].device),
-                parameters=[dict(name=n, shape=list(p.shape), dtype=str(p.dtype).removeprefix("torch."), owned=i in owned) for i, (n, p) in enumerate(zip(self.names, self.params))])
+    parameters = [dict(name=n, shape=list(p.shape), dtype=str(p.dtype).removeprefix("torch."), owned=i in owned)
+                  for i, (n, p) in enumerate(zip(self.names, self.params))]
+    return dict(format=FORMAT, optimizers=[kind_of(c) for c in self.classes], torch=torch.__version__,
+                threads=torch.get_num_threads(), device=str(self.params[0].device), parameters=parameters)
 
 @patch
 def _create(self:Recorder):
     "Write the start: parameters, buffers, and the optimizer's state if there is one."
     _publish(self.path/"meta.json", lambda tmp: tmp.write_text(json.dumps(self._meta(), indent=1)))
-    start = {f"theta/{n}": p.detach() for n, p in zip(self.names, self.params)} | _buffers(self.model)
-    self.mirror = {f"{k}/{self.names[i]}": v.clone() for i, state in self._owners().items() for k, v in state.items() if isinstance(v, Tensor) and k != "step"}
-    chunk = Chunk(start | self.mirror, rows=1)
-    chunk.add(dict(step=-1, groups=sum(self.groups, []), count=self.count, stepped=[]), start | self.mirror, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
+    self.mirror = {f"{k}/{self.names[i]}": v.clone() for i, o in self._owners().items() for k, v in _tensors(o).items()}
+    start = {f"theta/{n}": p.detach() for n, p in zip(self.names, self.params)} | _buffers(self.model) | self.mirror
+    line = dict(step=-1, groups=sum(self.groups, []), count=self.count, stepped=[])
+    chunk = Chunk(start, rows=1)
+    chunk.add(line, start, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
     self.store.write(chunk, "init.safetensors")
     self._watch_constants()
+
+def _tensors(state): return {k: v for k, v in state.items() if isinstance(v, Tensor) and k != "step"}
 
 @patch
 def _resume(self:Recorder):
     "Go on where the history ends, if model and optimizer stand there."
     h = History(self.path)
-    h.check_model(self.model)
-    kinds, remedy = [kind_of(c) for c in self.classes], f"Call History({str(self.path)!r}).restore(model, optimizer) to go on from its end, or record into a new directory."
-    if kinds != h.meta["optimizers"]: raise ValueError(f"{self.path} was recorded with {h.meta['optimizers']}, not {kinds}. Record into a new directory.")
-    dtypes = [p["dtype"] for p in h.meta["parameters"]]
-    if dtypes != [p["dtype"] for p in self._meta()["parameters"]]: raise ValueError(f"The parameters have other dtypes than in {self.path} ({set(dtypes)}). Convert the model, or record into a new directory.")
-    if not _same(dict(zip(self.names, self.params)), h.theta(len(h))):
-        s = h.find(self.model)
-        raise ValueError(f"The model does not stand where {self.path} ends (after {len(h)} steps); it stands {'at none of its steps' if s is None else f'before its step {s}'}. {remedy}")
-    have = {self.names[i]: {k: int(v) if k == "step" else v for k, v in state.items() if isinstance(v, Tensor)} for i, state in self._owners().items()}
-    if not _same_state({n: o for n, o in have.items() if o}, h.optimizer_state(len(h))): raise ValueError(f"The optimizer's state is not the one with which {self.path} ends. {remedy}")
-    self.step, self.count = len(h), h.record(len(h) - 1)["count"]
-    file = h._open(h.record(self.step - 1)["file"])
-    on = dict(zip(self.names, self.params))
-    keys = [k for k in file.keys if "/" in k and not k.startswith("buffer/") and (self.step or not k.startswith("theta/"))]
-    self.mirror = {k: v.to(on[k.partition("/")[2]].device) for k, v in h._get(self.step - 1, keys).items()}
+    self._check_end(h)
+    self.step, self.count, device = len(h), h.record(len(h) - 1)["count"], dict(zip(self.names, self.params))
+    keys = [k for k in h._open(h.record(self.step - 1)["file"]).keys if k.partition("/")[2] in device]
+    if not self.step: keys = [k for k in keys if not k.startswith("theta/")]     # nothing has moved yet
+    self.mirror = {k: v.to(device[k.partition("/")[2]].device) for k, v in h._get(self.step - 1, keys).items()}
     self._watch_constants()
 
-def _same_state(a, b):
-    return a.keys() == b.keys() and all(_same(*({k: torch.as_tensor(v) for k, v in o[n].items()} for o in (a, b))) for n in a)
+@patch
+def _check_end(self:Recorder, h):
+    "Refuse a model or an optimizer that is not where the history ends."
+    h.check_model(self.model)
+    now, then = ((m["optimizers"], sorted({p["dtype"] for p in m["parameters"]})) for m in (self._meta(), h.meta))
+    if now != then: raise ValueError(f"{self.path} was recorded with {then}, not {now}. Record into a new directory.")
+    remedy = f"Call History({str(self.path)!r}).restore(model, optimizer) to go on, or record into a new directory."
+    if not _same(dict(zip(self.names, self.params)), h.theta(len(h))):
+        s = h.find(self.model)
+        where = "at none of its steps" if s is None else f"before its step {s}"
+        raise ValueError(f"The model is not where {self.path} ends ({len(h)} steps); it stands {where}. {remedy}")
+    if not _same(self._state(), h._state(len(h))):
+        raise ValueError(f"The optimizer's state is not the one with which {self.path} ends. {remedy}")
 
-# %% ../nbs/03_history.ipynb #66a8d064
+@patch
+def _state(self:Recorder):
+    "The optimizer's state by flat keys."
+    state = {(i, k): v for i, o in self._owners().items() for k, v in o.items() if isinstance(v, Tensor)}
+    return {f"{k}/{self.names[i]}": v.double() for (i, k), v in state.items()}
+
+@patch
+def _state(self:History, s):
+    "The same, recorded."
+    state = self.optimizer_state(s)
+    return {f"{k}/{n}": torch.as_tensor(v).double() for n, o in state.items() for k, v in o.items()}
+
+# %% ../nbs/03_history.ipynb #f2d6bb04
 @patch
 def _refuse(self:Recorder, what, remedy): raise RuntimeError(f"Step {self.step}: {what}. {remedy}.")
 
 @patch
 @_timed
 def _batch(self:Recorder, ids, weight):
-    if self.store is None: raise RuntimeError("recorder.batch was called outside of the recording. Put the loop into `with Recorder(model, optimizer, path) as recorder:`.")
+    if self.store is None: raise RuntimeError("recorder.batch was called outside of the recording. "
+                                              "Put the loop into `with Recorder(model, optimizer, path) as recorder:`.")
     ids, weight = _checked_batch(ids, weight)
     if self.done: self._close()
     if self.pending and self.arrived and self._dead(): self._skip()
@@ -565,7 +623,10 @@ def _dead(self:Recorder):
 def _skip(self:Recorder):
     "Announced batches that led to no step: kept for the next line."
     self.skipped += [ids.tolist() for ids, _ in self.pending]
-    self.pending, self.arrived, self.stale = [], set(), set()
+    self._forget()
+
+@patch
+def _forget(self:Recorder): self.pending, self.arrived, self.onto, self.stale = [], set(), set(), set()
 
 @patch
 def _watch(self:Recorder):
@@ -573,14 +634,17 @@ def _watch(self:Recorder):
     for i in self._owners():
         p = self.params[i]
         if i in self.watched or not p.requires_grad: continue
-        self.watched[i] = (p.register_hook(lambda g, i=i: self._arrives(i)), p.register_post_accumulate_grad_hook(lambda p, i=i: self._accumulated(i)))
+        self.watched[i] = (p.register_hook(lambda _, i=i: self._arrives(i)),
+                           p.register_post_accumulate_grad_hook(lambda _, i=i: self._accumulated(i)))
 
 @patch
 @_timed
 def _arrives(self:Recorder, i):
-    "Just before a gradient is added: what is it added to?"
+    "Just before a gradient is added (or only looked at): what would it be added to?"
     g = self.params[i].grad
-    if g is not None and i not in self.arrived and g.any(): self.stale.add(i)
+    if g is None or not g.any():
+        self.arrived.discard(i); self.stale.discard(i); self.onto.discard(i)
+    elif i not in self.arrived: self.onto.add(i)
 
 @patch
 @_timed
@@ -590,17 +654,20 @@ def _accumulated(self:Recorder, i):
     if g.is_sparse: self._refuse(f"the gradient of {self.names[i]!r} is sparse", "Build the layer with sparse=False")
     if i in self.grads: self.grads[i].copy_(g)
     else: self.grads[i] = g.clone()
+    if i in self.onto: self.stale.add(i)
     self.arrived.add(i)
     self.late |= bool(self.done)
 
-# %% ../nbs/03_history.ipynb #70a6a35f
+# %% ../nbs/03_history.ipynb #59d88283
 @patch
 @_timed
 def _before_step(self:Recorder, k):
     self.store.check()
     if k in self.done: self._close()
-    if not self.pending: self._refuse("the optimizer steps, but no batch was announced", "Call recorder.batch(ids) with the samples of this gradient before optimizer.step()")
-    if self.done and self.late: self._refuse("a backward pass came between the steps of two optimizers", "Announce its samples by recorder.batch(ids) first, so that it is a step of its own")
+    if not self.pending: self._refuse("the optimizer steps, but no batch was announced",
+                                      "Call recorder.batch(ids) with the samples of this gradient before the step")
+    if self.done and self.late: self._refuse("a backward pass came between the steps of two optimizers",
+                                             "Announce its samples by recorder.batch(ids): it is a step of its own")
     check_modules(self.modules)
     self._check_constants()
     self._check_mirror()
@@ -612,8 +679,9 @@ def _before_step(self:Recorder, k):
 def _check_mirror(self:Recorder):
     for i, n in enumerate(self.names):
         if f"theta/{n}" in self.mirror and not torch.equal(self.mirror[f"theta/{n}"], self.params[i]):
-            self._refuse(f"parameter {n!r} changed since the step before, but not by the optimizer (averaged weights swapped in? weights clipped, projected or loaded?)",
-                         "Do that to a copy of the model, or end the recording before it and begin another in a new directory after it")
+            self._refuse(f"parameter {n!r} changed since the step before, but not by the optimizer "
+                         "(averaged weights swapped in? weights clipped, projected or loaded?)",
+                         "Do that to a copy of the model, or end this recording before it and begin another after it")
 
 @patch
 def _mirror_new(self:Recorder, numbers):
@@ -627,7 +695,8 @@ def _mirror_new(self:Recorder, numbers):
 @patch
 def _watch_constants(self:Recorder):
     "Remember the versions of all that has not moved so far: buffers and parameters without a step."
-    tensors = {f"theta/{n}": p for n, p in zip(self.names, self.params)} | {f"buffer/{n}": b for n, b in self.model.named_buffers()}
+    tensors = {f"theta/{n}": p for n, p in zip(self.names, self.params)}
+    tensors |= {f"buffer/{n}": b for n, b in self.model.named_buffers()}
     self.constants = {k: [t, t._version] for k, t in tensors.items() if k not in self.mirror}
 
 @patch
@@ -641,16 +710,17 @@ def _check_constants(self:Recorder, values=False):
         self.constants[k][1] = t._version
 
 def _constant_changed(kind, name):
-    if kind == "theta": return f"parameter {name!r} changed, but no step of a recorded optimizer changed it", "Put it into a group of an optimizer given to the Recorder, or leave it alone"
-    return f"buffer {name!r} changed", "A prediction is explained as a function of the parameters alone: keep buffers fixed (eval() mode)"
+    if kind == "theta": return (f"parameter {name!r} changed, but no step of a recorded optimizer changed it",
+                                "Put it into a group of an optimizer given to the Recorder, or leave it alone")
+    return f"buffer {name!r} changed", "Keep buffers fixed (eval() mode?): only what parameters do is explained"
 
-# %% ../nbs/03_history.ipynb #18e5484c
+# %% ../nbs/03_history.ipynb #5e7a1984
 @patch
 @_timed
 @torch.no_grad()
 def _after_step(self:Recorder, k):
     for g, now in zip(self.groups[k], self._groups(k)): g["keys"] = now["keys"]
-    stepped = {i: g for g in self.groups[k] for i in g["parameters"] if self.params[i].grad is not None and self.params[i].numel()}
+    stepped = {i: g for g in self.groups[k] for i in g["parameters"] if self._moves(i)}
     if not self._sat_out(stepped):
         tensors = self._holds(k, stepped)
         self._check_linear(k, stepped, tensors)
@@ -659,6 +729,9 @@ def _after_step(self:Recorder, k):
         self.stepped |= stepped.keys()
         self.done.add(k)
     if len(self.done) == len(self.optimizers): self._close()
+
+@patch
+def _moves(self:Recorder, i): return self.params[i].grad is not None and f"theta/{self.names[i]}" in self.mirror
 
 @patch
 def _sat_out(self:Recorder, stepped):
@@ -679,15 +752,16 @@ def _holds(self:Recorder, k, stepped) -> dict:
 
 @patch
 def _check_linear(self:Recorder, k, stepped, tensors):
-    "Compare with the linear step, together what has hyper-parameters and counter in common; refuse the first tensor that differs."
+    "Compare with the linear step, strung together where hyper-parameters and counter are the same."
     cls, bundles = self.classes[k], {}
     for i, group in stepped.items():
-        p = self.params[i]
-        bundles.setdefault((id(group), self.count[i], p.dtype, p.device, None if getattr(cls, "elementwise", True) else i), []).append(i)
+        p, alone = self.params[i], None if getattr(cls, "elementwise", True) else i
+        bundles.setdefault((id(group), self.count[i], p.dtype, p.device, alone), []).append(i)
     for which in bundles.values(): self._compare(cls, stepped[which[0]], which, tensors)
 
 @patch
 def _compare(self:Recorder, cls, group, which, tensors):
+    "Refuse the first of some tensors that is not where its linear step leads; note the deviation of the others."
     def string(key, source):
         found = [source.get(f"{key}/{self.names[i]}") for i in which]
         return found[0] if len(found) == 1 or found[0] is None else torch.cat([t.flatten() for t in found])
@@ -706,11 +780,13 @@ def _compare(self:Recorder, cls, group, which, tensors):
 
 @patch
 def _not_linear(self:Recorder, i, what, by, limit):
-    p = self.params[i]
+    p, n = self.params[i], self.names[i]
     if not (p.isfinite().all() and p.grad.isfinite().all()):
-        self._refuse(f"the gradient or value of parameter {self.names[i]!r} is not finite", "Lower the learning rate or clip the gradient's norm; the steps before are recorded")
-    self._refuse(f"the {what} of parameter {self.names[i]!r} differs from its linear step by {by:.2e}, where rounding allows {limit:.2e}",
-                 "Was the optimizer's state changed between two steps, or is the optimizer a modified one? Then describe it to explaind_nb.optimizers.register")
+        self._refuse(f"the gradient or value of parameter {n!r} is not finite",
+                     "Lower the learning rate or clip the gradient's norm; the steps before are recorded")
+    self._refuse(f"the {what} of parameter {n!r} differs from its linear step by {by:.2e}, rounding allows {limit:.2e}",
+                 "If the optimizer is a modified one, describe its step to explaind_nb.optimizers.register; "
+                 "if its state was changed between two steps, record into a new directory from there")
 
 @patch
 def _check_gradients(self:Recorder, stepped):
@@ -719,11 +795,13 @@ def _check_gradients(self:Recorder, stepped):
         g, n = self.params[i].grad, self.names[i]
         same = i in self.grads and torch.equal(self.grads[i], g)
         if i in self.stale or i not in self.arrived and same and g.any():
-            self._refuse(f"the gradient of {n!r} still held what the step before had used", "Call optimizer.zero_grad() after each step")
+            self._refuse(f"the gradient of {n!r} still held what the step before had used",
+                         "Call optimizer.zero_grad() after each step")
         if i not in self.arrived or same: continue
         self.scale[i] = factor(self.grads[i], g)
-        if self.scale[i] is None: self._refuse(f"the gradient of {n!r} was changed elementwise between backward and step (clipping by value? noise? a mask?)",
-                                               "Only scaling, such as clipping by norm, keeps it a sum over samples: use torch.nn.utils.clip_grad_norm_")
+        if self.scale[i] is None:
+            self._refuse(f"the gradient of {n!r} was changed elementwise between backward and step (clipped by value?)",
+                         "Only scaling keeps it a sum over samples: clip by norm, torch.nn.utils.clip_grad_norm_")
         self.grads[i].copy_(g)
 
 @patch
@@ -738,12 +816,15 @@ def _close(self:Recorder):
     "Everything of this step is known: record it."
     if not self.stepped: self._skip()      # every gradient was None
     else:
-        line = dict(step=self.step, groups=sum(self.groups, []), stepped=sorted(self.stepped), count=list(self.count), deviation=[self.deviation[i] for i in sorted(self.stepped)])
+        stepped = sorted(self.stepped)
+        line = dict(step=self.step, groups=sum(self.groups, []), stepped=stepped, count=list(self.count),
+                    deviation=[self.deviation[i] for i in stepped])
         if self.scale: line["scale"] = self.scale
         if self.skipped: line["skipped"] = self.skipped
         self.store.append(line, self.mirror, *map(torch.cat, zip(*self.pending)))
         self.step += 1
-        self.pending, self.skipped, self.arrived, self.stale = [], [], set(), set()
+        self.skipped = []
+        self._forget()
     self.late = False
     self._open_record()
     if self.store.full:
@@ -763,7 +844,7 @@ def __exit__(self:Recorder, kind, *_):
         self._skip()
         self.store.close([dict(skipped=self.skipped)] if self.skipped else [])
 
-# %% ../nbs/03_history.ipynb #5b73434d
+# %% ../nbs/03_history.ipynb #58c19137
 class Indexed(torch.utils.data.Dataset):
     "A dataset whose items begin with their index: `(i, *item)`."
     def __init__(self, dataset): self.dataset = dataset

@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'PARTS', 'Layout', 'Probe', 'Move', 'Streams', 'Kept', 'Query', 'Samples', 'explain', 'total', 'save', 'load',
            'reconstruct', 'Forward']
 
-# %% ../nbs/06_kernel.ipynb #53b83f3c
+# %% ../nbs/06_kernel.ipynb #b97070e6
 import copy, os, time, warnings
 from pathlib import Path
 import numpy as np
@@ -17,7 +17,7 @@ from .history import History
 from .quadrature import line_integral, first_guess, complete as spread
 from .contraction import Contraction, components, plain_kernels, refuse_random
 
-# %% ../nbs/06_kernel.ipynb #e6306c4a
+# %% ../nbs/06_kernel.ipynb #b482151d
 class Layout:
     "Names, shapes and places of the parameters in one flat vector of length D."
     def __init__(self, shapes: dict): # name -> shape
@@ -27,7 +27,7 @@ class Layout:
         self.size = int(ends[-1])
     def split(self, x):
         "Views of a flat [..., D] tensor by parameter name, each [..., *shape]."
-        return {k: x[..., p].reshape(*x.shape[:-1], *self.shapes[k]) for k, p in self.place.items()}
+        return {k: x[..., p].reshape(x.shape[:-1] + self.shapes[k]) for k, p in self.place.items()}
     def flat(self, tensors, lead=()):
         "One flat float64 [*lead, D] tensor from a dict of [*lead, *shape] tensors. Missing or None is zero."
         first = next((v for v in tensors.values() if v is not None), torch.zeros(()))
@@ -36,7 +36,7 @@ class Layout:
             if v is not None: out[..., self.place[k]] = v.reshape(*lead, -1).double()
         return out
 
-# %% ../nbs/06_kernel.ipynb #f8094368
+# %% ../nbs/06_kernel.ipynb #725f2194
 class Probe:
     "A private copy of the model, movable along the path, with the target's values and gradients."
     def __init__(self, model, target, layout, device, dtype, summed):
@@ -78,7 +78,7 @@ def _vjps(out, params, chunk=32):
     for rows in torch.eye(len(out), dtype=out.dtype, device=out.device).split(chunk):
         yield rows, torch.autograd.grad(out, params, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
 
-# %% ../nbs/06_kernel.ipynb #238162d6
+# %% ../nbs/06_kernel.ipynb #5d883d4e
 class Move:
     "One recorded step as flat vectors: `theta`, `delta`, the linear steps and the recorded gradient."
     def __init__(self, history, s, layout, device, after=None):
@@ -108,11 +108,11 @@ class Move:
         out = {k: st.transpose(phis[k], carries[k]) for k, st in self.linear.items()}
         psi, back = torch.zeros_like(phi), carry.clone()         # a parameter that did not step keeps its carry
         for k, (p, c) in out.items():
-            psi[..., self.layout.place[k]] = p.flatten(1)
-            if c is not None: back[..., self.layout.place[k]] = c.flatten(1)
+            psi[..., self.layout.place[k]] = p.reshape(len(p), -1)
+            if c is not None: back[..., self.layout.place[k]] = c.reshape(len(c), -1)
         return psi, back
 
-# %% ../nbs/06_kernel.ipynb #850b8c54
+# %% ../nbs/06_kernel.ipynb #8aa960d1
 class Streams:
     "Forward streams through the frozen optimizer: how much of each displacement is weight decay's, and the warm state's."
     def __init__(self): self.decay, self.initial = {}, None
@@ -129,7 +129,7 @@ class Streams:
         flat = lambda d: move.layout.flat(d) if d else torch.zeros_like(move.theta)
         return flat(decay), flat(initial)
 
-# %% ../nbs/06_kernel.ipynb #c8db91c6
+# %% ../nbs/06_kernel.ipynb #3f615f48
 def _window(steps, n):
     "First step, end, and the window edges of the step axis."
     r = range(0, n) if steps is None else steps if isinstance(steps, range) else range(*steps)
@@ -138,7 +138,7 @@ def _window(steps, n):
         raise ValueError(f"steps={steps} is not a window of the {n} recorded steps: give (a, b) or range(a, b, width) with 0 <= a < b <= {n}.")
     return a, b, width
 
-# %% ../nbs/06_kernel.ipynb #5268f323
+# %% ../nbs/06_kernel.ipynb #571a2c96
 AXES = ("target", "step", "component", "sample")
 
 class Kept:
@@ -157,7 +157,7 @@ class Kept:
     def array(self):
         return self.keep, self.x.squeeze(tuple(i for i, a in enumerate(AXES) if a not in self.keep)).numpy()
 
-# %% ../nbs/06_kernel.ipynb #4e9ac6d8
+# %% ../nbs/06_kernel.ipynb #fe2888c4
 class Query:
     "The parts of a sweep: history, probe, components, and how to integrate, transpose and contract one step."
     def __init__(self, history, model, target, *, keep, rule, nodes, tol, component, steps, device, dtype):
@@ -231,7 +231,7 @@ def _component_of(layout, comps):
         out[place] = index if isinstance(index, int) else torch.as_tensor(index).repeat_interleave(size // len(index))
     return out
 
-# %% ../nbs/06_kernel.ipynb #c4039d4b
+# %% ../nbs/06_kernel.ipynb #5b23ba81
 def _mismatch(recorded, revisited):
     "Relative distance of two gradients, and the factor that would fit best."
     size = recorded.norm()
@@ -250,7 +250,7 @@ def _check_gradient(s, recorded, revisited, scale, tol=1e-2):
            "data[ids] must give what the loop saw, and an explicit regularizer must be passed as penalty=")
     raise ValueError(f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}.")
 
-# %% ../nbs/06_kernel.ipynb #af6cdd9d
+# %% ../nbs/06_kernel.ipynb #00433b2e
 class Samples:
     "Revisits training batches: contracts `psi` with the gradients of single samples."
     def __init__(self, query, loss, data, engine, samples, penalty):
@@ -303,7 +303,7 @@ def _groups(samples, ids):
     labels, group = np.unique(np.asarray(samples), return_inverse=True)
     return labels, torch.as_tensor(group)
 
-# %% ../nbs/06_kernel.ipynb #7b01b6d6
+# %% ../nbs/06_kernel.ipynb #edf1943f
 def _sweep(q, samples, out, by_update, complete, bar):
     "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline, prediction and the largest gradient mismatch."
     f_end = after_f = q.probe.values(q.theta(q.stop))
@@ -345,7 +345,7 @@ def _drop_dead(live, peak, key, eps=2.**-53):
     for k, c in live.items(): peak[k] = max(peak.get(k, 0.), c.abs().max().item())
     return {k: c for k, c in live.items() if k == key or c.abs().max().item() > eps * peak[k]}
 
-# %% ../nbs/06_kernel.ipynb #b585766d
+# %% ../nbs/06_kernel.ipynb #516d3cd9
 def _march(q, out, complete, bar):
     "Walk the steps forwards for component x update step; fill `out`. Returns baseline and prediction."
     f_start = before_f = q.probe.values(q.theta(q.start))
@@ -364,7 +364,7 @@ def _march(q, out, complete, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #96d8d235
+# %% ../nbs/06_kernel.ipynb #5a6e6b86
 PARTS = ("data", "decay", "penalty", "initial", "residual")   # these and the baseline add up to the prediction
 
 def explain(path,                   # directory of a recorded run, or an open `History`
@@ -436,7 +436,7 @@ def _versions(q):
     return dict(explaind_nb=__version__, torch=str(torch.__version__), device=str(q.device), dtype=str(q.dtype).removeprefix("torch."),
                 start=q.start, stop=q.stop, path=str(q.history.path))
 
-# %% ../nbs/06_kernel.ipynb #a1f2a9d9
+# %% ../nbs/06_kernel.ipynb #12a11d5f
 def _dataset(q, out, ends, seen):
     f_start, f_end, worst = ends
     ds = xr.Dataset({k: v.array() for k, v in out.items()})
@@ -476,13 +476,13 @@ def load(path) -> xr.Dataset:
     "Read what `save` wrote."
     return xr.load_dataset(path, engine="h5netcdf")
 
-# %% ../nbs/06_kernel.ipynb #cf3f79f7
+# %% ../nbs/06_kernel.ipynb #088f10aa
 def reconstruct(path,                    # directory of a recorded run, or an open `History`
                 model: nn.Module,        # the network that was trained
                 fn,                      # `fn(model) -> Tensor` of any shape: all outputs at once
                 keep: tuple = ("step", "component"),  # axes to keep besides the outputs
                 *,
-                rule: str = "adaptive", nodes: int = None, tol: float = 0.02, # quadrature, as in `explain`
+                rule: str = "adaptive", nodes: int = None, tol: float = 0.002, # quadrature, as in `explain`; many outputs share the nodes
                 component="tensor", steps=None, device=None, dtype: torch.dtype = None, progress: bool = True,
                ) -> xr.Dataset:          # baseline + data + decay + initial + residual = prediction, over ("target", "output") and the kept axes
     "Split every output of a recorded run over update steps and components: one forward sweep of directional derivatives."

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Pairs', 'modular_pairs', 'ModularTransformer', 'nll', 'accuracy', 'make_optimizer', 'fit']
 
-# %% ../nbs/08_modular.ipynb #2e17b76f
+# %% ../nbs/08_modular.ipynb #d766612f
 import math
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-# %% ../nbs/08_modular.ipynb #d433ae02
+# %% ../nbs/08_modular.ipynb #825706a7
 class Pairs:
     "Modular-addition samples: `pairs[ids]` gives `(tokens [B, 4], classes [B])`."
     def __init__(self,
@@ -38,7 +38,7 @@ def modular_pairs(p: int = 113,    # modulus
     classes = (a + b) % p
     return Pairs(tokens[train], classes[train]), Pairs(tokens[val], classes[val])
 
-# %% ../nbs/08_modular.ipynb #5430b4dc
+# %% ../nbs/08_modular.ipynb #27693924
 class ModularTransformer(nn.Module):
     "One-layer transformer for `a + b =`: tokens [B, 4] to log-probabilities [B, p + 2]."
     def __init__(self,
@@ -74,7 +74,7 @@ def accuracy(model, pairs: Pairs) -> float:
     "Share of pairs whose most probable class is the right one."
     with torch.no_grad(): return (model(pairs.tokens).argmax(-1) == pairs.classes).double().mean().item()
 
-# %% ../nbs/08_modular.ipynb #c597ddb3
+# %% ../nbs/08_modular.ipynb #07902e8c
 def make_optimizer(model, lr=1e-3, weight_decay=4., betas=(0.9, 0.98)):
     "The paper's AdamW."
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=betas)
@@ -87,11 +87,13 @@ def fit(model,
         recorder=None,        # a `Recorder`, or None for the plain loop
         every: int = 10,      # steps between two looks at the accuracies
         seed: int = 0,        # of the order of the samples
+        start: int = 0,       # steps already taken: go on after them, in the same order of samples
         progress: bool = False,
-       ) -> list:             # (step, training accuracy, validation accuracy, training loss)
+       ) -> list:             # (step, training accuracy, validation accuracy)
     "Full-batch training in shuffled order."
     order, log = torch.Generator().manual_seed(seed), []
-    bar = tqdm(range(max_steps + 1), desc="train", disable=not progress)
+    for _ in range(start): torch.randperm(len(train), generator=order)
+    bar = tqdm(range(start, max_steps + 1), desc="train", disable=not progress)
     for step in bar:
         if val is not None and step % every == 0:
             log.append((step, accuracy(model, train), accuracy(model, val)))

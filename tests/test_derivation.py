@@ -211,7 +211,7 @@ def test_samples_fill_torchs_buffer():
         close(buffer, optimizer.state[p]["momentum_buffer"], 1e-14)
 
 
-@pytest.mark.parametrize("act, few, many, limit", [(nn.Tanh, 4, 40, 50.), (nn.ReLU, 4, 400, 5.)])
+@pytest.mark.parametrize("act, few, many, limit", [(nn.Tanh, 4, 40, 50.), (nn.ReLU, 2, 100, 5.)])
 def test_more_nodes_leave_less_residual(act, few, many, limit):
     ref = [explained(model=make(act=act), nodes=n, lr=.1) for n in (few, many)]
     for r in ref: adds_up(r)
@@ -235,3 +235,7 @@ def test_wrong_coefficients_are_refused(monkeypatch):
 def test_unknown_optimizer_and_dtype():
     with pytest.raises(ValueError, match="RMSprop.*Use one of SGD, Adam, AdamW"): explained(torch.optim.RMSprop, lr=.1)
     with pytest.raises(TypeError, match=r"float64.*model.double"): explained(model=copy.deepcopy(make()).float())
+
+
+def test_a_run_that_blows_up_is_refused():
+    with pytest.raises(RuntimeError, match="step 0"): explained(SGD, lr=float("inf"))

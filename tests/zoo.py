@@ -1,7 +1,7 @@
-"""The small zoo: models, losses and data that every engine and the kernel are tested on, in float64, and the slow reference.
+"""The small zoo of models, losses and data that the engines and the kernel are tested on, in float64, and the slow reference.
 
-`ZOO[name]` is a `Case`: `make()` gives the model, always with the same numbers; `data[ids]` a batch; `loss(model, batch)` one loss per sample;
-`target(model)` a few numbers [T] to explain.
+`ZOO[name]` is a `Case`: `make()` gives the model, always with the same numbers; `data[ids]` a batch; `loss(model, batch)`
+one loss per sample; `target(model)` a few numbers [T] to explain.
 """
 from typing import Callable, NamedTuple
 
@@ -52,23 +52,28 @@ def first_logits(x):
 class Mlp(nn.Module):
     def __init__(self, act, bias=True):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(5, 7, bias=bias), act, nn.Linear(7, 6), nn.ReLU(inplace=True), nn.Linear(6, CLASSES))
+        self.body = nn.Sequential(nn.Linear(5, 7, bias=bias), act, nn.Linear(7, 6), nn.ReLU(inplace=True),
+                                  nn.Linear(6, CLASSES))
     def forward(self, x): return self.body(x)
 
 
 class Cnn(nn.Module):
     def __init__(self, norm=lambda: nn.GroupNorm(2, 6)):
         super().__init__()
-        self.conv1, self.norm, self.conv2 = nn.Conv2d(2, 6, 3, padding=1), norm(), nn.Conv2d(6, 4, 3, stride=2, groups=2, padding_mode="circular", padding=1)
+        self.conv1, self.norm = nn.Conv2d(2, 6, 3, padding=1), norm()
+        self.conv2 = nn.Conv2d(6, 4, 3, stride=2, groups=2, padding_mode="circular", padding=1)
         self.head = nn.Linear(4, CLASSES)
-    def forward(self, x): return self.head(F.relu_(self.conv2(F.relu(self.norm(self.conv1(x)), inplace=True))).mean((2, 3)))
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv1(x)), inplace=True)
+        return self.head(F.relu_(self.conv2(x)).mean((2, 3)))
 
 
 class Signal(nn.Module):
     "Conv1d, ConvTranspose1d and RMSNorm, the norm over two axes"
     def __init__(self):
         super().__init__()
-        self.conv, self.up = nn.Conv1d(2, 4, 3, dilation=2), nn.ConvTranspose1d(4, 6, 4, stride=2, padding=1, output_padding=1, groups=2)
+        self.conv = nn.Conv1d(2, 4, 3, dilation=2)
+        self.up = nn.ConvTranspose1d(4, 6, 4, stride=2, padding=1, output_padding=1, groups=2)
         self.norm, self.head = nn.RMSNorm((6, 9)), nn.Linear(54, CLASSES)
     def forward(self, x): return self.head(self.norm(self.up(torch.tanh(self.conv(x)))).flatten(1))
 
@@ -107,7 +112,8 @@ class Transformer(nn.Module):
         if tied == "layer": self.head.weight = self.embed.weight
     def forward(self, x):
         at = torch.arange(x.shape[1], device=x.device)
-        h = self.norm(self.block(self.embed(x) + self.place(at.expand(len(x), -1) if self.positions == "batch" else at)))
+        if self.positions == "batch": at = at.expand(len(x), -1)
+        h = self.norm(self.block(self.embed(x) + self.place(at)))
         return self.head(h) if self.head else F.linear(h, self.embed.weight)
 
 
@@ -120,12 +126,14 @@ class Attention(nn.Module):
 
 
 class Twice(nn.Module):
-    "One layer used three times, once on rows flattened to [B * S, d]; the number of uses is not the number of layers"
+    "One layer used three times, once on rows flattened to [B * S, d]; in-place changes of its output, a view"
     def __init__(self):
         super().__init__()
         self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, CLASSES)
     def forward(self, x):
-        x = torch.tanh(self.layer(torch.tanh(self.layer(x))))
+        x = self.layer(F.relu(self.layer(x), inplace=True))
+        x += 1
+        x = torch.tanh(x)
         return self.head(self.layer(x.flatten(0, 1)).view_as(x).mean(1))
 
 
@@ -133,7 +141,8 @@ class Raw(nn.Module):
     "Parameters of its own, a scalar gain among them, and one that nothing uses"
     def __init__(self):
         super().__init__()
-        self.w, self.gain, self.unused = nn.Parameter(torch.randn(7, 5) / 2), nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.randn(3))
+        self.w, self.gain = nn.Parameter(torch.randn(7, 5) / 2), nn.Parameter(torch.tensor(0.7))
+        self.unused = nn.Parameter(torch.randn(3))
         self.head = nn.Linear(7, CLASSES)
     def forward(self, x): return self.head(self.gain * torch.tanh(F.linear(x, self.w)))
 
@@ -159,13 +168,16 @@ def frozen_batch_norm():
     return m
 
 
+norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm2d)
+
+
 def _make(build, seed):
     def make():
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = build().double()
-            for m in model.modules():  # gains and biases away from 1 and 0, where mistakes hide
-                if isinstance(m, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm2d)): [nn.init.normal_(p, 0.8, 0.4) for p in m.parameters()]
+            for p in (p for m in model.modules() if isinstance(m, norms) for p in m.parameters()):
+                nn.init.normal_(p, 0.8, 0.4)  # gains and biases away from 1 and 0, where mistakes hide
             return model
     return make
 
@@ -184,7 +196,8 @@ def _cases():
     y, y_each = integers(7, CLASSES, M), integers(8, CLASSES, M, 5)
     vec, img, seq, sig, vol = (Samples(x, y) for x in (vectors, images, sequences, signals, volumes))
     tok, text = Samples(x=tokens, y=y_each), Samples(x=tokens)
-    def case(name, build, data, loss=cross_entropy, probe=None): return Case(name, _make(build, len(name)), data, loss, first_logits(probe))
+    def case(name, build, data, loss=cross_entropy, probe=None):
+        return Case(name, _make(build, len(name)), data, loss, first_logits(probe))
     v, i, s, t = noise(11, 3, 5), noise(12, 3, 2, 6, 6), noise(13, 3, 5, 5), integers(16, VOCAB, 3, 5)
     return [
         case("mlp tanh", lambda: Mlp(nn.Tanh()), Samples(x=vectors, y=y), probe=v),
@@ -212,8 +225,11 @@ ZOO = {case.name: case for case in _cases()}
 def sample_gradients(model, loss, data, ids):
     "The obviously right way: one backward pass per sample; {name: [B, *shape]}"
     params = dict(model.named_parameters())
-    rows = [torch.autograd.grad(loss(model, data[k]).sum(), list(params.values()), allow_unused=True) for k in ids[:, None]]
-    return {n: torch.stack([torch.zeros_like(p) if r[j] is None else r[j] for r in rows]) for j, (n, p) in enumerate(params.items())}
+    out = {n: [] for n in params}
+    for k in ids[:, None]:
+        grads = torch.autograd.grad(loss(model, data[k]).sum(), list(params.values()), allow_unused=True)
+        for (n, p), g in zip(params.items(), grads): out[n].append(torch.zeros_like(p) if g is None else g)
+    return {n: torch.stack(g) for n, g in out.items()}
 
 
 def slow_scores(model, loss, data, comps, ids, weights, psi):
