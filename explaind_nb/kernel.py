@@ -6,18 +6,19 @@
 __all__ = ['AXES', 'PARTS', 'Layout', 'Probe', 'Move', 'Streams', 'Kept', 'Query', 'Samples', 'explain', 'total', 'save', 'load',
            'reconstruct', 'Forward']
 
-# %% ../nbs/06_kernel.ipynb #b97070e6
+# %% ../nbs/06_kernel.ipynb #9608ca11
 import copy, os, time, warnings
 from pathlib import Path
 import numpy as np
 import torch, xarray as xr
 from torch import nn, Tensor
+from torch.autograd import forward_ad
 from tqdm.auto import tqdm
 from .history import History
 from .quadrature import line_integral, first_guess, complete as spread
 from .contraction import Contraction, components, plain_kernels, refuse_random
 
-# %% ../nbs/06_kernel.ipynb #b482151d
+# %% ../nbs/06_kernel.ipynb #54f47131
 class Layout:
     "Names, shapes and places of the parameters in one flat vector of length D."
     def __init__(self, shapes: dict): # name -> shape
@@ -36,7 +37,7 @@ class Layout:
             if v is not None: out[..., self.place[k]] = v.reshape(*lead, -1).double()
         return out
 
-# %% ../nbs/06_kernel.ipynb #725f2194
+# %% ../nbs/06_kernel.ipynb #c5948962
 class Probe:
     "A private copy of the model, movable along the path, with the target's values and gradients."
     def __init__(self, model, target, layout, device, dtype, summed):
@@ -78,7 +79,7 @@ def _vjps(out, params, chunk=32):
     for rows in torch.eye(len(out), dtype=out.dtype, device=out.device).split(chunk):
         yield rows, torch.autograd.grad(out, params, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
 
-# %% ../nbs/06_kernel.ipynb #5d883d4e
+# %% ../nbs/06_kernel.ipynb #19ce6400
 class Move:
     "One recorded step as flat vectors: `theta`, `delta`, the linear steps and the recorded gradient."
     def __init__(self, history, s, layout, device, after=None):
@@ -112,7 +113,7 @@ class Move:
             if c is not None: back[..., self.layout.place[k]] = c.reshape(len(c), -1)
         return psi, back
 
-# %% ../nbs/06_kernel.ipynb #8aa960d1
+# %% ../nbs/06_kernel.ipynb #4c2f07ca
 class Streams:
     "Forward streams through the frozen optimizer: how much of each displacement is weight decay's, and the warm state's."
     def __init__(self): self.decay, self.initial = {}, None
@@ -129,7 +130,7 @@ class Streams:
         flat = lambda d: move.layout.flat(d) if d else torch.zeros_like(move.theta)
         return flat(decay), flat(initial)
 
-# %% ../nbs/06_kernel.ipynb #3f615f48
+# %% ../nbs/06_kernel.ipynb #f3f29706
 def _window(steps, n):
     "First step, end, and the window edges of the step axis."
     r = range(0, n) if steps is None else steps if isinstance(steps, range) else range(*steps)
@@ -138,7 +139,7 @@ def _window(steps, n):
         raise ValueError(f"steps={steps} is not a window of the {n} recorded steps: give (a, b) or range(a, b, width) with 0 <= a < b <= {n}.")
     return a, b, width
 
-# %% ../nbs/06_kernel.ipynb #571a2c96
+# %% ../nbs/06_kernel.ipynb #48555d70
 AXES = ("target", "step", "component", "sample")
 
 class Kept:
@@ -157,7 +158,7 @@ class Kept:
     def array(self):
         return self.keep, self.x.squeeze(tuple(i for i, a in enumerate(AXES) if a not in self.keep)).numpy()
 
-# %% ../nbs/06_kernel.ipynb #fe2888c4
+# %% ../nbs/06_kernel.ipynb #db76b4e8
 class Query:
     "The parts of a sweep: history, probe, components, and how to integrate, transpose and contract one step."
     def __init__(self, history, model, target, *, keep, rule, nodes, tol, component, steps, device, dtype):
@@ -231,7 +232,7 @@ def _component_of(layout, comps):
         out[place] = index if isinstance(index, int) else torch.as_tensor(index).repeat_interleave(size // len(index))
     return out
 
-# %% ../nbs/06_kernel.ipynb #5b23ba81
+# %% ../nbs/06_kernel.ipynb #4f038063
 def _mismatch(recorded, revisited):
     "Relative distance of two gradients, and the factor that would fit best."
     size = recorded.norm()
@@ -250,7 +251,7 @@ def _check_gradient(s, recorded, revisited, scale, tol=1e-2):
            "data[ids] must give what the loop saw, and an explicit regularizer must be passed as penalty=")
     raise ValueError(f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}.")
 
-# %% ../nbs/06_kernel.ipynb #00433b2e
+# %% ../nbs/06_kernel.ipynb #1d4fb10d
 class Samples:
     "Revisits training batches: contracts `psi` with the gradients of single samples."
     def __init__(self, query, loss, data, engine, samples, penalty):
@@ -303,7 +304,7 @@ def _groups(samples, ids):
     labels, group = np.unique(np.asarray(samples), return_inverse=True)
     return labels, torch.as_tensor(group)
 
-# %% ../nbs/06_kernel.ipynb #edf1943f
+# %% ../nbs/06_kernel.ipynb #f0e16652
 def _sweep(q, samples, out, by_update, complete, bar):
     "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline, prediction and the largest gradient mismatch."
     f_end = after_f = q.probe.values(q.theta(q.stop))
@@ -345,7 +346,7 @@ def _drop_dead(live, peak, key, eps=2.**-53):
     for k, c in live.items(): peak[k] = max(peak.get(k, 0.), c.abs().max().item())
     return {k: c for k, c in live.items() if k == key or c.abs().max().item() > eps * peak[k]}
 
-# %% ../nbs/06_kernel.ipynb #516d3cd9
+# %% ../nbs/06_kernel.ipynb #980ff25c
 def _march(q, out, complete, bar):
     "Walk the steps forwards for component x update step; fill `out`. Returns baseline and prediction."
     f_start = before_f = q.probe.values(q.theta(q.start))
@@ -364,7 +365,7 @@ def _march(q, out, complete, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #5a6e6b86
+# %% ../nbs/06_kernel.ipynb #dfee2486
 PARTS = ("data", "decay", "penalty", "initial", "residual")   # these and the baseline add up to the prediction
 
 def explain(path,                   # directory of a recorded run, or an open `History`
@@ -420,13 +421,14 @@ def _check_memory(keep, sizes):
     if need > .8 * have: raise MemoryError(f"The result over {keep} would take {need / 2**30:.1f} GiB: keep fewer axes, group samples with samples=, "
                                            "gather steps with steps=range(a, b, width), or use a coarser component=.")
 
+def _timed(f): t = time.perf_counter(); f(); return time.perf_counter() - t
+
 def _estimate(q, seen, sizes):
     "What the sweep will cost, from one node and one revisited batch."
-    def timed(f): t = time.perf_counter(); f(); return time.perf_counter() - t
     theta, n = q.theta(q.start), q.stop - q.start
-    node = timed(lambda: q.probe.grads(theta))
+    node = _timed(lambda: q.probe.grads(theta))
     move = q.move(q.start)
-    batch = timed(lambda: seen(move, torch.zeros(sizes["target"], q.layout.size, dtype=torch.float64, device=q.device))) if seen else 0.
+    batch = _timed(lambda: seen(move, torch.zeros(sizes["target"], q.layout.size, dtype=torch.float64, device=q.device))) if seen else 0.
     size = 8 * np.prod([sizes[a] for a in q.keep]) / 2**20
     return (f"explain: {n} steps x (at least {q.nodes} node(s) of {node:.3f} s" + (f" + batch revisited in {batch:.3f} s" if seen else "") +
             f"), about {n * (1.4 * node * q.nodes + batch):.0f} s or more; result {size:.1f} MiB")
@@ -436,7 +438,7 @@ def _versions(q):
     return dict(explaind_nb=__version__, torch=str(torch.__version__), device=str(q.device), dtype=str(q.dtype).removeprefix("torch."),
                 start=q.start, stop=q.stop, path=str(q.history.path))
 
-# %% ../nbs/06_kernel.ipynb #12a11d5f
+# %% ../nbs/06_kernel.ipynb #cae5cc3e
 def _dataset(q, out, ends, seen):
     f_start, f_end, worst = ends
     ds = xr.Dataset({k: v.array() for k, v in out.items()})
@@ -476,7 +478,7 @@ def load(path) -> xr.Dataset:
     "Read what `save` wrote."
     return xr.load_dataset(path, engine="h5netcdf")
 
-# %% ../nbs/06_kernel.ipynb #088f10aa
+# %% ../nbs/06_kernel.ipynb #660dd9ef
 def reconstruct(path,                    # directory of a recorded run, or an open `History`
                 model: nn.Module,        # the network that was trained
                 fn,                      # `fn(model) -> Tensor` of any shape: all outputs at once
@@ -494,6 +496,10 @@ def reconstruct(path,                    # directory of a recorded run, or an op
     _check_memory(("step", "component", "out"), dict(step=2 * q.windows if "step" in keep else 1, component=len(q.comps.labels), out=last.numel()))
     q.scale = ((last - first).abs().mean() / (q.stop - q.start)).item()
     streams, C, warm = Streams(), len(q.comps.labels), bool(q.move(q.start).state)
+    if progress:
+        node = _timed(lambda: f.jvps(q.theta(q.start), q.theta(q.start).expand(2 * C, -1)))
+        tqdm.write(f"reconstruct: {q.stop - q.start} steps x (at least {q.nodes} node(s) of {node:.3f} s), about {(q.stop - q.start) * q.nodes * node:.0f} s or more; "
+                   f"{last.numel()} outputs")
     for s in tqdm(range(q.start, q.stop), desc="reconstruct", disable=not progress):
         move, w = q.move(s), q.window(s) if "step" in keep else 0
         (decay, initial), after = streams(move), f.values(move.theta + move.delta)
@@ -519,15 +525,23 @@ class Forward:
     def values(self, theta):
         self.probe.move(theta)
         with torch.no_grad(), plain_kernels(self.probe.model): return self.call().double()
-    def jvps(self, theta, tangents):
-        "Derivatives along each row of `tangents` [K, D]: [K, *outputs], float64."
-        like = {k: p for k, p in zip(self.probe.layout.shapes, self.probe.params)}
+    def at(self, params): return torch.func.functional_call(self.call, params, ())
+    def dual(self, primal, tangent):
+        "One derivative, by dual numbers."
+        with forward_ad.dual_level():
+            out = self.at({k: forward_ad.make_dual(v, tangent[k]) for k, v in primal.items()})
+            tangent = forward_ad.unpack_dual(out).tangent
+        if tangent is None: raise ValueError("The outputs do not depend on the parameters: compute them from the `model` argument of fn(model), without detach().")
+        return tangent
+    def jvps(self, theta, tangents, few=4):
+        "Derivatives along each row of `tangents` [K, D]: [K, *outputs], float64. Many rows share one evaluation of the network."
+        like = dict(zip(self.probe.layout.shapes, self.probe.params))
         cast = lambda x: {f"model.{k}": v.to(like[k].dtype) for k, v in self.probe.layout.split(x).items()}
-        primal = cast(theta)
-        one = lambda tangent: torch.func.jvp(lambda p: torch.func.functional_call(self.call, p, ()), (primal,), (tangent,))[1]
+        primal, rows = cast(theta), cast(tangents)
+        one = lambda tangent: torch.func.jvp(self.at, (primal,), (tangent,))[1]
         with torch.no_grad(), plain_kernels(self.probe.model):
-            if len(tangents) == 1: return one({k: v[0] for k, v in cast(tangents).items()})[None].double()
-            return torch.func.vmap(one, chunk_size=16)(cast(tangents)).double()
+            if len(tangents) > few: return torch.func.vmap(one, chunk_size=16)(rows).double()
+            return torch.stack([self.dual(primal, {k: v[i] for k, v in rows.items()}) for i in range(len(tangents))]).double()
 
 def _accumulate(out, name, block, w, q):
     "Add [C or 1, *outputs] to window `w` of a part."
