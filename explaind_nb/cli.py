@@ -6,7 +6,7 @@
 __all__ = ['anonymous_memory', 'Meter', 'quality', 'settings', 'fresh', 'train_recorded', 'verdict', 'accuracies', 'figures',
            'run_job', 'summary', 'main']
 
-# %% ../nbs/10_cli.ipynb #6e09faf8
+# %% ../nbs/10_cli.ipynb #90eff816
 import json, resource, sys, threading, time
 from pathlib import Path
 import torch, matplotlib
@@ -17,7 +17,7 @@ from .kernel import explain, reconstruct, save, total
 from .modular import ModularTransformer, accuracy, fit, make_optimizer, modular_pairs, nll
 from .plots import COLORS, account, heatmap, top_samples, trajectory, waterfall
 
-# %% ../nbs/10_cli.ipynb #f8cf366c
+# %% ../nbs/10_cli.ipynb #0aecf67b
 def anonymous_memory() -> float:
     "MiB that this process holds now, file-mapped pages excluded (Linux; elsewhere the peak of everything so far)."
     try: return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 2**10
@@ -38,7 +38,7 @@ class Meter:
     @property
     def cost(self): return dict(seconds=round(self.seconds, 2), peak_mib=round(self.peak))
 
-# %% ../nbs/10_cli.ipynb #4f66ec78
+# %% ../nbs/10_cli.ipynb #0ab98169
 def quality(full) -> dict: # result of `reconstruct` on log-probabilities [points, classes], steps and components summed
     "Agreement, KL and mean error of the prediction without its residual; with it, the largest error."
     t = total(full, ("target", "output"))
@@ -48,7 +48,7 @@ def quality(full) -> dict: # result of `reconstruct` on log-probabilities [point
                 mean_error=(parts - truth).abs().mean().item(), error_with_residual=(parts + torch.tensor(t.residual.values) - truth).abs().max().item(),
                 nodes_per_step=full.nodes_per_step)
 
-# %% ../nbs/10_cli.ipynb #a0c5365a
+# %% ../nbs/10_cli.ipynb #40e6076a
 def settings(p: int) -> dict:
     "Hyper-parameters (the paper's for p = 113, a small run that groks quickly for other primes), and the reconstruction's tolerance."
     if p == 113: return dict(n_train=4000, n_val=2000, lr=1e-3, weight_decay=4., tol=.002)
@@ -96,7 +96,7 @@ def figures(out, result, log, train):
     for name, ax in axes.items():
         ax.figure.savefig(out/f"{name}.png", dpi=120, bbox_inches="tight"); plt.close(ax.figure)
 
-# %% ../nbs/10_cli.ipynb #629a66cb
+# %% ../nbs/10_cli.ipynb #3f722c36
 def run_job(p=47, out=None, seed=43, max_steps=4000, tol=.02, reconstruct_tol=None):
     "Train, reconstruct, attribute; returns the report as a dict and writes everything to a folder."
     out = Path(out or f"explaind-p{p}"); out.mkdir(parents=True, exist_ok=True)
@@ -111,17 +111,17 @@ def run_job(p=47, out=None, seed=43, max_steps=4000, tol=.02, reconstruct_tol=No
     with Meter() as m: fit(plain, optimizer, train, None, steps, seed=seed)
     cost["training, plain"] = m.cost
     same = all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters()))
-    with Meter() as m: full = reconstruct(out/"run", model, lambda net: net(val.tokens), keep=(), tol=reconstruct_tol or conf["tol"])
-    cost["reconstruct"] = m.cost
     every = torch.arange(len(val))
     with Meter() as m: result = explain(out/"run", model, train, nll, lambda net: nll(net, val[every]).mean(), keep=("step", "component", "sample"), tol=tol)
-    cost["explain"] = m.cost
+    cost["explain"], ratio = m.cost, m.seconds / cost["training, plain"]["seconds"]
+    with Meter() as m: full = reconstruct(out/"run", model, lambda net: net(val.tokens), keep=(), tol=reconstruct_tol or conf["tol"])
+    cost["reconstruct"] = m.cost
     save(full, out/"reconstruct.nc"); save(result, out/"explain.nc"); figures(out, result, log, train)
     moved = float(abs((result.data.sum("sample") + result.decay).sum("component") + result.residual).sum())
     report = dict(p=p, seed=seed, steps=steps, verdict=verdict(log, max_steps), threads=torch.get_num_threads(), recording_changed_nothing=same,
                   reconstruction=quality(full), account={k: float(v) for k, v in total(result).items()}, closing_error=result.closing_error,
                   explain_nodes_per_step=result.nodes_per_step, residual_share=float(abs(result.quadrature).sum()) / moved,
-                  explain_over_training=m.seconds / cost["training, plain"]["seconds"], cost=cost, torch=str(torch.__version__))
+                  explain_over_training=ratio, cost=cost, torch=str(torch.__version__))
     if recording["steps"]: report["recording"] = dict(ms_per_step=1e3 * recording["seconds"] / recording["steps"], bytes_per_step=recording["bytes"] / recording["steps"],
                                                       share_of_training=recording["seconds"] / recording["steps"] * steps / cost["training, plain"]["seconds"])
     (out/"report.json").write_text(json.dumps(report, indent=1))
@@ -142,15 +142,16 @@ def summary(report, result) -> str:
                                                       f"{rec['share_of_training']:.1%} of the plain training time")
     return "\n".join(lines)
 
-# %% ../nbs/10_cli.ipynb #c45abc7a
+# %% ../nbs/10_cli.ipynb #3bad75f3
 @call_parse
 def main(p: int = 47,               # modulus, a prime; 113 is the paper's network
          out: str = None,           # folder for the recording, results and figures (default: explaind-p<P>); continued if it exists
          seed: int = 43,            # of the weights and of the order of the samples
          max_steps: int = 4000,     # give up grokking after so many steps
+         threads: int = 1,          # of torch; the matrices are small, and two threads on a busy machine can be many times slower than one
          tol: float = .02,          # accepted quadrature residual of the attribution, relative to the change of the loss
          reconstruct_tol: float = None, # the same for the reconstruction of all outputs (default: .002 for p = 113, else .01)
         ):
     "Train a transformer that groks modular addition, reconstruct its predictions, and attribute its validation loss."
-    matplotlib.use("agg")
+    matplotlib.use("agg"); torch.set_num_threads(threads)
     run_job(p, out, seed, max_steps, tol, reconstruct_tol)

@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'PARTS', 'Layout', 'Probe', 'Move', 'Streams', 'Kept', 'Query', 'Samples', 'explain', 'total', 'save', 'load',
            'reconstruct', 'Forward']
 
-# %% ../nbs/06_kernel.ipynb #9608ca11
+# %% ../nbs/06_kernel.ipynb #5705036c
 import copy, os, time, warnings
 from pathlib import Path
 import numpy as np
@@ -14,15 +14,18 @@ import torch, xarray as xr
 from torch import nn, Tensor
 from torch.autograd import forward_ad
 from tqdm.auto import tqdm
-from .history import History
+from .history import History, warn_tf32
 from .quadrature import line_integral, first_guess, complete as spread
 from .contraction import Contraction, components, plain_kernels, refuse_random
 
-# %% ../nbs/06_kernel.ipynb #54f47131
+# %% ../nbs/06_kernel.ipynb #4db7c41b
 class Layout:
     "Names, shapes and places of the parameters in one flat vector of length D."
-    def __init__(self, shapes: dict): # name -> shape
-        self.shapes = {k: tuple(v) for k, v in shapes.items()}
+    def __init__(self,
+                 shapes: dict,  # name -> shape
+                 device="cpu",  # of the flat vectors
+                ):
+        self.device, self.shapes = device, {k: tuple(v) for k, v in shapes.items()}
         ends = np.cumsum([0] + [int(np.prod(v)) for v in self.shapes.values()])
         self.place = {k: slice(int(a), int(b)) for k, a, b in zip(self.shapes, ends, ends[1:])}
         self.size = int(ends[-1])
@@ -31,13 +34,14 @@ class Layout:
         return {k: x[..., p].reshape(x.shape[:-1] + self.shapes[k]) for k, p in self.place.items()}
     def flat(self, tensors, lead=()):
         "One flat float64 [*lead, D] tensor from a dict of [*lead, *shape] tensors. Missing or None is zero."
-        first = next((v for v in tensors.values() if v is not None), torch.zeros(()))
-        out = torch.zeros(*lead, self.size, dtype=torch.float64, device=first.device)
+        out = torch.zeros(*lead, self.size, dtype=torch.float64, device=self.device)
         for k, v in tensors.items():
-            if v is not None: out[..., self.place[k]] = v.reshape(*lead, -1).double()
+            if v is not None: out[..., self.place[k]] = v.reshape(*lead, -1).to(out)
         return out
 
-# %% ../nbs/06_kernel.ipynb #c5948962
+def _only(tensors, names): return {k: tensors[k] for k in names}
+
+# %% ../nbs/06_kernel.ipynb #c3f10e1b
 class Probe:
     "A private copy of the model, movable along the path, with the target's values and gradients."
     def __init__(self, model, target, layout, device, dtype, summed):
@@ -67,9 +71,10 @@ class Probe:
         "Gradients of all targets, [T, D]."
         self.move(theta)
         with torch.enable_grad(), plain_kernels(self.model): out = self.outputs()
-        if not out.requires_grad: raise ValueError("The target does not depend on the parameters: compute it from the `model` argument of "
-                                                   "target(model), without detach() or no_grad().")
-        return torch.cat([self.layout.flat(dict(zip(self.layout.shapes, g)), (len(o),)) for o, g in _vjps(out, self.params)])
+        rows = list(_vjps(out, self.params)) if out.requires_grad else []
+        if all(g is None for _, grads in rows for g in grads):
+            raise ValueError("The target does not depend on the parameters: compute it from the `model` argument of target(model), without detach() or no_grad().")
+        return torch.cat([self.layout.flat(dict(zip(self.layout.shapes, g)), (len(o),)) for o, g in rows])
 
 def _vjps(out, params, chunk=32):
     "Gradients of the entries of `out`, some at a time: pairs (entries, tuple of [t, *shape] or None)."
@@ -79,20 +84,19 @@ def _vjps(out, params, chunk=32):
     for rows in torch.eye(len(out), dtype=out.dtype, device=out.device).split(chunk):
         yield rows, torch.autograd.grad(out, params, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
 
-# %% ../nbs/06_kernel.ipynb #19ce6400
+# %% ../nbs/06_kernel.ipynb #127edad6
 class Move:
     "One recorded step as flat vectors: `theta`, `delta`, the linear steps and the recorded gradient."
-    def __init__(self, history, s, layout, device, after=None):
-        self.s, self.layout, load = s, layout, lambda t: layout.flat({k: t[k].to(device) for k in layout.shapes})
-        self.theta = load(history.theta(s))
-        self.delta = (load(history.theta(s + 1)) if after is None else after) - self.theta
-        self.linear = history.linear(s, device=device)
-        self.state = history.state(s, device=device)
+    def __init__(self, history, s, layout, after=None):
+        self.s, self.layout = s, layout
+        self.theta = layout.flat(_only(history.theta(s), layout.shapes))
+        self.delta = (layout.flat(_only(history.theta(s + 1), layout.shapes)) if after is None else after) - self.theta
+        self.linear, self.state = history.linear(s, device=layout.device), history.state(s, device=layout.device)
         self.named = layout.split(self.theta)
     def each(self, f):
         "Flat vector of `f(linear step, previous state, theta)` for every parameter that stepped."
         out = {k: f(st, self.state.get(k), self.named[k]) for k, st in self.linear.items()}
-        return self.layout.flat(out) if out else torch.zeros_like(self.theta)
+        return self.layout.flat(out)
     @property
     def stepped(self): return self.each(lambda st, state, theta: torch.ones_like(theta))
     @property
@@ -113,7 +117,7 @@ class Move:
             if c is not None: back[..., self.layout.place[k]] = c.reshape(len(c), -1)
         return psi, back
 
-# %% ../nbs/06_kernel.ipynb #4c2f07ca
+# %% ../nbs/06_kernel.ipynb #29042983
 class Streams:
     "Forward streams through the frozen optimizer: how much of each displacement is weight decay's, and the warm state's."
     def __init__(self): self.decay, self.initial = {}, None
@@ -127,10 +131,9 @@ class Streams:
             decay[k], self.decay[k] = st.forward(self.decay.get(k), zero if u is None else u)
             if direct is not None: decay[k] = decay[k] + direct
             if self.initial.get(k) is not None: initial[k], self.initial[k] = st.forward(self.initial[k], zero)
-        flat = lambda d: move.layout.flat(d) if d else torch.zeros_like(move.theta)
-        return flat(decay), flat(initial)
+        return move.layout.flat(decay), move.layout.flat(initial)
 
-# %% ../nbs/06_kernel.ipynb #f3f29706
+# %% ../nbs/06_kernel.ipynb #1f90fab9
 def _window(steps, n):
     "First step, end, and the window edges of the step axis."
     r = range(0, n) if steps is None else steps if isinstance(steps, range) else range(*steps)
@@ -139,7 +142,7 @@ def _window(steps, n):
         raise ValueError(f"steps={steps} is not a window of the {n} recorded steps: give (a, b) or range(a, b, width) with 0 <= a < b <= {n}.")
     return a, b, width
 
-# %% ../nbs/06_kernel.ipynb #48555d70
+# %% ../nbs/06_kernel.ipynb #63bb4af9
 AXES = ("target", "step", "component", "sample")
 
 class Kept:
@@ -158,7 +161,7 @@ class Kept:
     def array(self):
         return self.keep, self.x.squeeze(tuple(i for i, a in enumerate(AXES) if a not in self.keep)).numpy()
 
-# %% ../nbs/06_kernel.ipynb #db76b4e8
+# %% ../nbs/06_kernel.ipynb #9e686af1
 class Query:
     "The parts of a sweep: history, probe, components, and how to integrate, transpose and contract one step."
     def __init__(self, history, model, target, *, keep, rule, nodes, tol, component, steps, device, dtype):
@@ -168,20 +171,19 @@ class Query:
         if bad: raise ValueError(f"Unknown axes {sorted(bad)}: keep takes some of {AXES}.")
         first = next(model.parameters())
         self.device, self.dtype = torch.device(device or first.device), dtype or first.dtype
+        warn_tf32(self.device, self.dtype)
         self.start, self.stop, self.width = _window(steps, len(self.history))
         self.windows = -(-(self.stop - self.start) // self.width)
-        self.keep, self.rule, self.nodes, self.tol = keep, rule, nodes or 1, tol
-        self.layout = Layout({k: self.history.shapes[k] for k in _owned(self.history, self.start, self.stop)})
+        self.keep, self.rule, self.nodes, self.tol = keep, rule, nodes or (3 if rule == "gauss" else 1), tol
+        self.layout = Layout({k: self.history.shapes[k] for k in _owned(self.history, self.start, self.stop)}, self.device)
         self.probe = Probe(model, target, self.layout, self.device, self.dtype, "target" not in keep)
         _load_constants(self.probe.model, self.history.theta(self.start), self.layout.shapes)
         spec = component if "component" in keep else (lambda name, shape: "all")
         self.comps = components({k: v for k, v in self.layout.shapes.items()}, spec)
         self.place = _component_of(self.layout, self.comps).to(self.device)
         self.scale, self.ratio, self.spent = 0., 1., {}
-    def theta(self, s):
-        t = self.history.theta(s)
-        return self.layout.flat({k: t[k].to(self.device) for k in self.layout.shapes})
-    def move(self, s, after=None): return Move(self.history, s, self.layout, self.device, after)
+    def theta(self, s): return self.layout.flat(_only(self.history.theta(s), self.layout.shapes))
+    def move(self, s, after=None): return Move(self.history, s, self.layout, after)
     def window(self, s): return (s - self.start) // self.width
     @property
     def starts(self): return list(range(self.start, self.stop, self.width))
@@ -232,7 +234,7 @@ def _component_of(layout, comps):
         out[place] = index if isinstance(index, int) else torch.as_tensor(index).repeat_interleave(size // len(index))
     return out
 
-# %% ../nbs/06_kernel.ipynb #4f038063
+# %% ../nbs/06_kernel.ipynb #89141c49
 def _mismatch(recorded, revisited):
     "Relative distance of two gradients, and the factor that would fit best."
     size = recorded.norm()
@@ -247,11 +249,11 @@ def _check_gradient(s, recorded, revisited, scale, tol=1e-2):
     same = _mismatch(recorded, factor * scale * revisited)[0] <= tol
     why = (f"it is {factor:.4g} times that one. The loop weighted the samples differently from 1/len(ids): pass weight= to recorder.batch "
            "(the gradient is then sum_k weight_k grad loss_k), or give explain the loss that the loop used" if same else
-           f"they differ by {rel:.2g} of its norm. The data, their order, the loss, a penalty or the model's mode differ from the run: "
-           "data[ids] must give what the loop saw, and an explicit regularizer must be passed as penalty=")
+           f"they differ by {rel:.2g} of its norm. The data, their order, the loss, a penalty, the model's mode or the precision differ from the run: "
+           "data[ids] must give what the loop saw, an explicit regularizer must be passed as penalty=, and a loop under autocast needs it inside the loss")
     raise ValueError(f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}.")
 
-# %% ../nbs/06_kernel.ipynb #1d4fb10d
+# %% ../nbs/06_kernel.ipynb #1964806a
 class Samples:
     "Revisits training batches: contracts `psi` with the gradients of single samples."
     def __init__(self, query, loss, data, engine, samples, penalty):
@@ -304,7 +306,7 @@ def _groups(samples, ids):
     labels, group = np.unique(np.asarray(samples), return_inverse=True)
     return labels, torch.as_tensor(group)
 
-# %% ../nbs/06_kernel.ipynb #f0e16652
+# %% ../nbs/06_kernel.ipynb #4277dea8
 def _sweep(q, samples, out, by_update, complete, bar):
     "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline, prediction and the largest gradient mismatch."
     f_end = after_f = q.probe.values(q.theta(q.stop))
@@ -337,8 +339,7 @@ def _sweep(q, samples, out, by_update, complete, bar):
         after, after_f = move.theta, before_f
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     for carry in live.values():
-        state = q.layout.flat(move.state) if move.state else torch.zeros_like(move.theta)
-        out["initial"].add(q.by_component(carry * state))
+        out["initial"].add(q.by_component(carry * q.layout.flat(move.state)))
     return f_start, f_end, worst
 
 def _drop_dead(live, peak, key, eps=2.**-53):
@@ -346,7 +347,7 @@ def _drop_dead(live, peak, key, eps=2.**-53):
     for k, c in live.items(): peak[k] = max(peak.get(k, 0.), c.abs().max().item())
     return {k: c for k, c in live.items() if k == key or c.abs().max().item() > eps * peak[k]}
 
-# %% ../nbs/06_kernel.ipynb #980ff25c
+# %% ../nbs/06_kernel.ipynb #74d8851d
 def _march(q, out, complete, bar):
     "Walk the steps forwards for component x update step; fill `out`. Returns baseline and prediction."
     f_start = before_f = q.probe.values(q.theta(q.start))
@@ -365,7 +366,7 @@ def _march(q, out, complete, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #dfee2486
+# %% ../nbs/06_kernel.ipynb #9ebafe46
 PARTS = ("data", "decay", "penalty", "initial", "residual")   # these and the baseline add up to the prediction
 
 def explain(path,                   # directory of a recorded run, or an open `History`
@@ -376,10 +377,10 @@ def explain(path,                   # directory of a recorded run, or an open `H
             keep: tuple = AXES,     # axes to keep out of "target", "step", "component", "sample"; the others are summed on the fly
             *,
             rule: str = "adaptive", # quadrature: "adaptive", "midpoint" or "gauss"
-            nodes: int = None,      # nodes per step (adaptive: to begin with)
+            nodes: int = None,      # nodes per step (default 1, Gauss 3; adaptive: to begin with)
             tol: float = 0.02,      # adaptive: accepted residual, relative to the change of the target
             complete: bool = False, # spread the quadrature residual over the moved coordinates (reported in attrs)
-            component="tensor",     # "tensor", "module", "neuron", or `(name, shape) -> label or row labels`
+            component="tensor",     # "tensor", "module", "neuron", `contraction.heads(n, pattern)`, or any `(name, shape) -> label or row labels`
             samples=None,           # a group label for each sample: the sample axis then holds groups
             step_axis: str = "gradient", # "gradient": when the sample was seen; "update": when the parameter moved
             steps=None,             # (a, b), or range(a, b, width) for windows of steps
@@ -438,7 +439,7 @@ def _versions(q):
     return dict(explaind_nb=__version__, torch=str(torch.__version__), device=str(q.device), dtype=str(q.dtype).removeprefix("torch."),
                 start=q.start, stop=q.stop, path=str(q.history.path))
 
-# %% ../nbs/06_kernel.ipynb #cae5cc3e
+# %% ../nbs/06_kernel.ipynb #37fc5308
 def _dataset(q, out, ends, seen):
     f_start, f_end, worst = ends
     ds = xr.Dataset({k: v.array() for k, v in out.items()})
@@ -478,7 +479,7 @@ def load(path) -> xr.Dataset:
     "Read what `save` wrote."
     return xr.load_dataset(path, engine="h5netcdf")
 
-# %% ../nbs/06_kernel.ipynb #660dd9ef
+# %% ../nbs/06_kernel.ipynb #ab49d6d0
 def reconstruct(path,                    # directory of a recorded run, or an open `History`
                 model: nn.Module,        # the network that was trained
                 fn,                      # `fn(model) -> Tensor` of any shape: all outputs at once
