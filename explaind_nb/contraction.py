@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'BUDGET', 'ENGINES', 'Components', 'components', 'heads', 'plain_kernels', 'refuse_random', 'Contraction']
 
-# %% ../nbs/05_contraction.ipynb #c97fd83b
+# %% ../nbs/05_contraction.ipynb #78c8015d
 import copy
 import warnings
 from contextlib import contextmanager
@@ -17,9 +17,10 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import default_collate
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-# %% ../nbs/05_contraction.ipynb #b89ab5b8
+# %% ../nbs/05_contraction.ipynb #e8fcb7bc
 class Components:
     "A labelling of all parameters: the `component` axis."
     def __init__(self,
@@ -69,7 +70,7 @@ def components(model,          # the model, or {parameter name: shape}
         index[n] = torch.tensor([count(x) for x in o])
     return Components(list(number), index)
 
-# %% ../nbs/05_contraction.ipynb #1ecc0ed4
+# %% ../nbs/05_contraction.ipynb #afd706b9
 def heads(n: int,           # how many heads
           pattern: str,     # text that the names of the tensors to split contain
           stacked: int = 1, # projections stacked along the rows; 3 for `in_proj_weight` of `nn.MultiheadAttention`
@@ -82,7 +83,7 @@ def heads(n: int,           # how many heads
         return [f"{name}.head{j}" for j in range(n) for _ in range(shape[0] // (n * stacked))] * stacked
     return label
 
-# %% ../nbs/05_contraction.ipynb #d88289ee
+# %% ../nbs/05_contraction.ipynb #77656972
 def _dot(b, y, shape, keep):
     "Σ b·y of every sample, [B, 1]; with `keep` [B, rows], where `shape` = (B, positions, rows, rest)"
     if not keep: return torch.linalg.vecdot(b.reshape(shape[0], -1), y.reshape(shape[0], -1))[:, None]
@@ -94,7 +95,7 @@ def _product(g, psi, keep):
     g, psi = g.reshape(*g.shape[:2], -1), psi.reshape(*psi.shape[:2], -1)
     return torch.einsum('brx,trx->tbr', g, psi)                                           # t: target, b: sample, r: row
 
-# %% ../nbs/05_contraction.ipynb #0b53d7dc
+# %% ../nbs/05_contraction.ipynb #b4cb9f9e
 def _many(T, S): return T * S > S + T + 50  # products per weight; a gradient through memory costs about 50 of them
 
 def _linear(m, key, a, b, psi, B, keep, materialise):
@@ -108,7 +109,7 @@ def _linear(m, key, a, b, psi, B, keep, materialise):
     else: y = [_dot(a, b @ p, a.shape, False) for p in psi]
     return torch.stack(y), None
 
-# %% ../nbs/05_contraction.ipynb #8488e1b3
+# %% ../nbs/05_contraction.ipynb #28abf1dd
 def _channels(x, B): return (B, x.shape[0] // B, x.shape[1], prod(x.shape[2:]))  # samples, positions, channels, positions
 
 def _conv(m, key, a, b, psi, B, keep, materialise):
@@ -122,14 +123,14 @@ def _conv_transpose(m, key, a, b, psi, B, keep, materialise):
     back = lambda p: conv(b, p, None, m.stride, m.padding, m.dilation, m.groups)[tuple(map(slice, a.shape))]
     return torch.stack([_dot(a, back(p), _channels(a, B), keep) for p in psi]), None
 
-# %% ../nbs/05_contraction.ipynb #b91fea15
+# %% ../nbs/05_contraction.ipynb #a9096b8f
 def _embedding(m, key, a, b, psi, B, keep, materialise):
     tokens, b = a.reshape(B, -1), b.reshape(B, -1, m.embedding_dim)
     p = torch.stack([torch.linalg.vecdot(b, F.embedding(tokens, p)) for p in psi])         # [T, B, positions]
     if m.padding_idx is not None: p = p.masked_fill(tokens == m.padding_idx, 0)
     return (p, tokens) if keep else (p.sum(-1, keepdim=True), None)
 
-# %% ../nbs/05_contraction.ipynb #23fbbe42
+# %% ../nbs/05_contraction.ipynb #dafc6df5
 def _last_axes(hat):
     "Rule for a gain and bias over the last axes; `hat` normalises the input"
     def rule(m, key, a, b, psi, B, keep, materialise):
@@ -154,7 +155,7 @@ RULES = {nn.Linear: _linear, nn.Embedding: _embedding,
          nn.GroupNorm: _channel_axis(lambda m, a: F.group_norm(a, m.num_groups, eps=m.eps)),
          _batch_norm: _channel_axis(lambda m, a: F.batch_norm(a, m.running_mean, m.running_var, eps=m.eps))}
 
-# %% ../nbs/05_contraction.ipynb #99e4b985
+# %% ../nbs/05_contraction.ipynb #2f47472e
 def _rule(m):
     return next((r for cls, r in RULES.items() if isinstance(m, cls) and type(m).forward is cls.forward), None)
 
@@ -172,7 +173,7 @@ def _scatter(scores, index, p, rows):
         at = index[rows] * p.shape[1] + torch.arange(p.shape[1], device=p.device)[:, None]   # place in [C, B] flattened
         scores.view(len(p), -1).index_add_(1, at.flatten(), p.flatten(1).to(scores.dtype))
 
-# %% ../nbs/05_contraction.ipynb #eb8e5008
+# %% ../nbs/05_contraction.ipynb #b05971e7
 class _Call(nn.Module):
     "loss(model, batch) as a module"
     def __init__(self, model, loss): super().__init__(); self.model, self.loss = model, loss
@@ -189,7 +190,7 @@ def plain_kernels(model):
         with sdpa_kernel(SDPBackend.MATH): yield
     finally: mha.set_fastpath_enabled(fast); mkldnn.enabled = dnn
 
-# %% ../nbs/05_contraction.ipynb #630745f2
+# %% ../nbs/05_contraction.ipynb #ff1259f8
 _drops = nn.modules.dropout._DropoutNd
 
 def _drop_rate(m):
@@ -215,7 +216,7 @@ def _refuse_embedding(model):
             raise ValueError(f"Embedding '{name}' uses {option}, with which its gradient is not the derivative of the loss. "
                              "Switch that option off.")
 
-# %% ../nbs/05_contraction.ipynb #cd22f95d
+# %% ../nbs/05_contraction.ipynb #61df998c
 def _disagree(parts,  # {key: [T, B]} scores of a parameter (or component), summed over its rows
               want,   # {key: [T]} its gradient against psi
               norms,  # {key: [T]} norm of psi
@@ -230,7 +231,7 @@ def _disagree(parts,  # {key: [T, B]} scores of a parameter (or component), summ
     bad, strange = bad.any(1).tolist(), strange.tolist()
     return [k for k, o in zip(parts, bad) if o], strange
 
-# %% ../nbs/05_contraction.ipynb #0ea33b82
+# %% ../nbs/05_contraction.ipynb #45be6f84
 BUDGET = 2**30  # bytes of activations of one pass, and of materialised gradients
 ENGINES = ("auto", "ghost", "jvp", "materialise", "loop")
 
@@ -272,7 +273,7 @@ class Contraction:
         self.params, self.call, self.sites = dict(model.named_parameters()), _Call(model, loss), _sites(model)
         self.ghost = engine in ("auto", "ghost")
         self.engines = {n: "ghost" if self.ghost else engine for n in self.params}         # who takes which parameter
-        self.positions, self.bytes, self.checked, self.noisy, self.vmap = {}, None, False, False, True
+        self.positions, self.bytes, self.checked, self.noisy, self.vmap, self.itemwise = {}, None, False, False, True, None
         covered = {n for _, _, own in self.sites for n in own.values()}
         padded = [(m, own) for m, rule, own in self.sites if rule is _embedding and m.padding_idx is not None]
         self.padding = {own["weight"]: m.padding_idx for m, own in padded}
@@ -295,11 +296,22 @@ class Contraction:
         if len(ids) and (ids.min() < 0 or n is not None and ids.max() >= n):
             raise IndexError(f"Sample ids from {ids.min()} to {ids.max()} were asked of data of length {n}. "
                              "Pass the data the run was trained on, in the same order.")
-        try: batch = self.data[ids]
+        try: batch = self.fetch(ids)
         except Exception as e:
             raise IndexError(f"data[ids] failed for ids {ids[:5].tolist()}...: {type(e).__name__}: {e}. "
-                             "data must return the batch for a LongTensor of ids.") from e
+                             "data must return the batch for a LongTensor of ids, or one sample for a number.") from e
         return _cast(batch, self.like)
+
+    def fetch(self, ids):
+        "data[ids]; a map-style data set (a list, a `Subset`) that takes one number at a time is collated as a DataLoader would."
+        one_by_one = lambda: default_collate([self.data[int(i)] for i in ids])
+        if self.itemwise is None:
+            try: self.data[ids.repeat(2)]; self.itemwise = False       # at least two ids: a single one would pass for a number
+            except Exception:
+                try: batch, self.itemwise = one_by_one(), True
+                except Exception: return self.data[ids]                # neither way: the error that the user expects
+                return batch
+        return one_by_one() if self.itemwise else self.data[ids]
 
     def losses(self, batch, ids):
         "The loss of every sample, [B]. Raises `ValueError` unless it is a finite vector of that length."
@@ -315,7 +327,7 @@ class Contraction:
         raise ValueError(f"The {what} is not finite for samples {ids[torch.as_tensor(mask).cpu()][:10].tolist()}. "
                          "Check the data, or the training run at this step.")
 
-# %% ../nbs/05_contraction.ipynb #c00f91a7
+# %% ../nbs/05_contraction.ipynb #07698c92
 @patch
 def _reverse(self: Contraction, ids, weights, psi, ghost):
     "One forward and backward pass of Σ_k w_k ℓ_k: ghost scores and the gradient"
@@ -346,7 +358,7 @@ def _reverse(self: Contraction, ids, weights, psi, ghost):
     used = {n for n, g in zip(psi, grads) if g is not None}
     return scores, parts, missed, {n: dense(g, n).double() for n, g in zip(psi, grads)}, used
 
-# %% ../nbs/05_contraction.ipynb #3874091e
+# %% ../nbs/05_contraction.ipynb #c3d6f4f5
 @patch
 def _forward(self: Contraction, theta, batch):
     "Losses [B] as a function of some parameters {name: tensor}"
@@ -377,7 +389,7 @@ def _jvp(self: Contraction, ids, weights, psi, names):
                 scores[t, c] = weights * jvp(lambda o: self._forward(o, batch), (theta,), (tangent,))[1]
     return scores, {c: scores[:, c] for c in self._present(names)}
 
-# %% ../nbs/05_contraction.ipynb #02ad0cc8
+# %% ../nbs/05_contraction.ipynb #b170f574
 @patch
 def _sample_gradients(self: Contraction, ids, theta):
     "{name: [B, *shape]} by vmap over the leaves of the batch that have the batch axis"
@@ -418,7 +430,7 @@ def _loop(self: Contraction, ids, weights, psi, names):
         return {n: (torch.zeros_like(self.params[n]) if g is None else g.to_dense())[None] for n, g in zip(names, out)}
     return self._products(ids, weights, psi, names, gradients, 1)
 
-# %% ../nbs/05_contraction.ipynb #8921a003
+# %% ../nbs/05_contraction.ipynb #84cf4545
 @patch
 def _zeros(self: Contraction, T, B): return self.like.new_zeros(T, len(self.comps), B, dtype=torch.float64)
 
@@ -474,7 +486,7 @@ def _give_up(self: Contraction, engine, names, e):
         warnings.warn(f"{why}; it is not used any more.", stacklevel=2)
     else: self._move(names, "materialise" if engine == "jvp" else "loop", why)
 
-# %% ../nbs/05_contraction.ipynb #3c67ff5c
+# %% ../nbs/05_contraction.ipynb #2b1173ee
 @patch
 def _failed(self: Contraction, ids, psi, gradient, parts):
     "(names, next engine, why) of the parameters that fail the check; raises for samples that are not finite"
@@ -499,7 +511,7 @@ def _failed(self: Contraction, ids, psi, gradient, parts):
     warnings.warn(f"{', '.join(again)}: scores and gradient differ by more than rounding usually does. "
                   "Use float64 to see whether it matters.", stacklevel=2)
 
-# %% ../nbs/05_contraction.ipynb #8a7a1e79
+# %% ../nbs/05_contraction.ipynb #015c0828
 @patch
 def check(self: Contraction,
           ids: Tensor,  # samples that will be asked for; three of them are tried

@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'PARTS', 'Layout', 'Probe', 'Move', 'Streams', 'Kept', 'Query', 'Samples', 'explain', 'total', 'save', 'load',
            'reconstruct', 'Forward']
 
-# %% ../nbs/06_kernel.ipynb #5705036c
+# %% ../nbs/06_kernel.ipynb #5c585d5e
 import copy, os, time, warnings
 from pathlib import Path
 import numpy as np
@@ -18,7 +18,7 @@ from .history import History, warn_tf32
 from .quadrature import line_integral, first_guess, complete as spread
 from .contraction import Contraction, components, plain_kernels, refuse_random
 
-# %% ../nbs/06_kernel.ipynb #4db7c41b
+# %% ../nbs/06_kernel.ipynb #5334eca8
 class Layout:
     "Names, shapes and places of the parameters in one flat vector of length D."
     def __init__(self,
@@ -41,12 +41,12 @@ class Layout:
 
 def _only(tensors, names): return {k: tensors[k] for k in names}
 
-# %% ../nbs/06_kernel.ipynb #c3f10e1b
+# %% ../nbs/06_kernel.ipynb #4797237b
 class Probe:
     "A private copy of the model, movable along the path, with the target's values and gradients."
     def __init__(self, model, target, layout, device, dtype, summed):
         self.model, self.target, self.layout, self.summed = copy.deepcopy(model), target, layout, summed
-        self.model.to(device=device, dtype=dtype)
+        self.model.to(device=device, dtype=dtype)   # dtype None: as it is
         named = dict(self.model.named_parameters())
         self.params = [named[k] for k in layout.shapes]
         for p in named.values(): p.grad = None
@@ -58,7 +58,8 @@ class Probe:
     def outputs(self):
         "The targets as a vector [T]; their sum, [1], if the target axis is not kept."
         out = self.target(self.model)
-        if not isinstance(out, Tensor): raise TypeError(f"target(model) must return a Tensor [T], got {type(out).__name__}.")
+        if not isinstance(out, Tensor): raise TypeError(f"target(model) must return a Tensor [T], got {type(out).__name__} (leave out .item()).")
+        if out.numel() == 0: raise ValueError("target(model) returned no values: there is nothing to explain.")
         if out.dim() > 1: raise ValueError(f"target(model) must return a vector [T], got shape {tuple(out.shape)}: flatten it, or use "
                                            "reconstruct for whole outputs.")
         return out.sum().reshape(1) if self.summed else out.reshape(-1)
@@ -84,7 +85,7 @@ def _vjps(out, params, chunk=32):
     for rows in torch.eye(len(out), dtype=out.dtype, device=out.device).split(chunk):
         yield rows, torch.autograd.grad(out, params, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
 
-# %% ../nbs/06_kernel.ipynb #127edad6
+# %% ../nbs/06_kernel.ipynb #917dd4c6
 class Move:
     "One recorded step as flat vectors: `theta`, `delta`, the linear steps and the recorded gradient."
     def __init__(self, history, s, layout, after=None):
@@ -117,7 +118,7 @@ class Move:
             if c is not None: back[..., self.layout.place[k]] = c.reshape(len(c), -1)
         return psi, back
 
-# %% ../nbs/06_kernel.ipynb #29042983
+# %% ../nbs/06_kernel.ipynb #014c46b6
 class Streams:
     "Forward streams through the frozen optimizer: how much of each displacement is weight decay's, and the warm state's."
     def __init__(self): self.decay, self.initial = {}, None
@@ -133,16 +134,18 @@ class Streams:
             if self.initial.get(k) is not None: initial[k], self.initial[k] = st.forward(self.initial[k], zero)
         return move.layout.flat(decay), move.layout.flat(initial)
 
-# %% ../nbs/06_kernel.ipynb #1f90fab9
+# %% ../nbs/06_kernel.ipynb #70e1e554
 def _window(steps, n):
     "First step, end, and the window edges of the step axis."
-    r = range(0, n) if steps is None else steps if isinstance(steps, range) else range(*steps)
-    a, b, width = r.start, r.stop, r.step
-    if not (0 <= a < b <= n and width > 0):
+    if n == 0: raise ValueError("No steps are recorded yet: they are written when the `with Recorder(...)` block ends.")
+    whole = isinstance(steps, tuple) and len(steps) == 2 and all(isinstance(o, int) for o in steps)
+    r = range(0, n) if steps is None else range(*steps) if whole else steps
+    if not (isinstance(r, range) and 0 <= r.start < r.stop <= n and r.step > 0):
         raise ValueError(f"steps={steps} is not a window of the {n} recorded steps: give (a, b) or range(a, b, width) with 0 <= a < b <= {n}.")
+    a, b, width = r.start, r.stop, r.step
     return a, b, width
 
-# %% ../nbs/06_kernel.ipynb #63bb4af9
+# %% ../nbs/06_kernel.ipynb #590b3c95
 AXES = ("target", "step", "component", "sample")
 
 class Kept:
@@ -161,22 +164,31 @@ class Kept:
     def array(self):
         return self.keep, self.x.squeeze(tuple(i for i, a in enumerate(AXES) if a not in self.keep)).numpy()
 
-# %% ../nbs/06_kernel.ipynb #9e686af1
+# %% ../nbs/06_kernel.ipynb #302afdad
+def _check_arguments(model, keep, rule, nodes, tol, dtype):
+    if isinstance(keep, str) or not isinstance(keep, (tuple, list, set)): raise TypeError(f"keep is a tuple of axes, like ('sample',), not {keep!r}.")
+    if bad := set(keep) - set(AXES): raise ValueError(f"Unknown axes {sorted(bad)}: keep takes some of {AXES}.")
+    if rule not in ("adaptive", "midpoint", "gauss"): raise ValueError(f"Unknown quadrature rule {rule!r}: choose 'adaptive', 'midpoint' or 'gauss'.")
+    if nodes is not None and not (isinstance(nodes, int) and nodes > 0): raise ValueError(f"nodes is a positive integer, not {nodes!r}.")
+    if not tol > 0: raise ValueError(f"tol is a positive number, not {tol!r}: smaller is more exact and costs more nodes.")
+    if dtype is not None and not isinstance(dtype, torch.dtype): raise TypeError(f"dtype is a torch.dtype like torch.float64, not {dtype!r}.")
+
 class Query:
     "The parts of a sweep: history, probe, components, and how to integrate, transpose and contract one step."
     def __init__(self, history, model, target, *, keep, rule, nodes, tol, component, steps, device, dtype):
         self.history = history if isinstance(history, History) else History(history)
+        if not isinstance(model, nn.Module): raise TypeError(f"model is the nn.Module that was trained, not {type(model).__name__}.")
+        if torch.is_inference_mode_enabled(): raise RuntimeError("Gradients are needed: call explain and reconstruct outside of torch.inference_mode().")
         self.history.check_model(model); refuse_random(model)
-        bad = set(keep) - set(AXES)
-        if bad: raise ValueError(f"Unknown axes {sorted(bad)}: keep takes some of {AXES}.")
         first = next(model.parameters())
         self.device, self.dtype = torch.device(device or first.device), dtype or first.dtype
+        _check_arguments(model, keep, rule, nodes, tol, dtype)
         warn_tf32(self.device, self.dtype)
         self.start, self.stop, self.width = _window(steps, len(self.history))
         self.windows = -(-(self.stop - self.start) // self.width)
         self.keep, self.rule, self.nodes, self.tol = keep, rule, nodes or (3 if rule == "gauss" else 1), tol
         self.layout = Layout({k: self.history.shapes[k] for k in _owned(self.history, self.start, self.stop)}, self.device)
-        self.probe = Probe(model, target, self.layout, self.device, self.dtype, "target" not in keep)
+        self.probe = Probe(model, target, self.layout, self.device, dtype, "target" not in keep)
         _load_constants(self.probe.model, self.history.theta(self.start), self.layout.shapes)
         spec = component if "component" in keep else (lambda name, shape: "all")
         self.comps = components({k: v for k, v in self.layout.shapes.items()}, spec)
@@ -234,7 +246,7 @@ def _component_of(layout, comps):
         out[place] = index if isinstance(index, int) else torch.as_tensor(index).repeat_interleave(size // len(index))
     return out
 
-# %% ../nbs/06_kernel.ipynb #89141c49
+# %% ../nbs/06_kernel.ipynb #0b97bbe1
 def _mismatch(recorded, revisited):
     "Relative distance of two gradients, and the factor that would fit best."
     size = recorded.norm()
@@ -247,17 +259,22 @@ def _check_gradient(s, recorded, revisited, scale, tol=1e-2):
     if rel <= tol: return True
     if _mismatch(recorded, revisited)[0] <= tol: return False      # a loss scaler scaled before and unscaled after: nothing is left to apply
     same = _mismatch(recorded, factor * scale * revisited)[0] <= tol
+    if not revisited.any(): raise ValueError(f"The gradient revisited at step {s} is zero: the loss does not depend on its `model` argument (detached, or computed from another model).")
     why = (f"it is {factor:.4g} times that one. The loop weighted the samples differently from 1/len(ids): pass weight= to recorder.batch "
-           "(the gradient is then sum_k weight_k grad loss_k), or give explain the loss that the loop used" if same else
+           "(the gradient is then sum_k weight_k grad loss_k), or give explain the loss that the loop used. recorder.batch must come before backward" if same else
            f"they differ by {rel:.2g} of its norm. The data, their order, the loss, a penalty, the model's mode or the precision differ from the run: "
            "data[ids] must give what the loop saw, an explicit regularizer must be passed as penalty=, and a loop under autocast needs it inside the loss")
     raise ValueError(f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}.")
 
-# %% ../nbs/06_kernel.ipynb #1964806a
+# %% ../nbs/06_kernel.ipynb #79e0d14c
 class Samples:
     "Revisits training batches: contracts `psi` with the gradients of single samples."
     def __init__(self, query, loss, data, engine, samples, penalty):
         self.q, self.penalty = query, penalty
+        if data is None or not callable(loss): raise TypeError("keep holds 'sample': pass the training data and loss(model, batch) -> [B], or leave 'sample' out of keep.")
+        if isinstance(data, torch.utils.data.DataLoader): raise TypeError("data is the data set, not a loader: pass loader.dataset.")
+        if isinstance(data, tuple): raise TypeError("A tuple of tensors is not a data set: pass torch.utils.data.TensorDataset(*tensors).")
+        if hasattr(data, "__len__"): _check_memory(("sample",), dict(sample=len(data)))
         self.contract = Contraction(query.probe.model, loss, data, query.comps, engine=engine)
         ids = [query.history.ids(s) for s in range(query.start, query.stop)]
         self.ids = torch.arange(len(data)) if hasattr(data, "__len__") else torch.unique(torch.cat(ids))
@@ -303,16 +320,17 @@ def _groups(samples, ids):
     "Labels of the sample axis and the place of every id on it."
     if samples is None: return ids.numpy(), torch.arange(len(ids))
     if len(samples) != len(ids): raise ValueError(f"samples= gives a group to each of {len(ids)} samples, but has {len(samples)} entries.")
-    labels, group = np.unique(np.asarray(samples), return_inverse=True)
+    try: labels, group = np.unique(np.asarray(samples), return_inverse=True)
+    except TypeError: raise TypeError("samples= needs a label (a string or a number) for every sample.") from None
     return labels, torch.as_tensor(group)
 
-# %% ../nbs/06_kernel.ipynb #4277dea8
+# %% ../nbs/06_kernel.ipynb #2fb45355
 def _sweep(q, samples, out, by_update, complete, bar):
     "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline, prediction and the largest gradient mismatch."
     f_end = after_f = q.probe.values(q.theta(q.stop))
     f_start = q.probe.values(q.theta(q.start))
     q.scale = ((f_end - f_start).abs().mean() / (q.stop - q.start)).item()
-    live, peak, after, worst = {}, {}, q.theta(q.stop), 0.          # window -> carry [T, D]
+    live, peak, after, worst, off = {}, {}, q.theta(q.stop), 0., 0.  # window -> carry [T, D]
     for s in reversed(range(q.start, q.stop)):
         move, w = q.move(s, after), q.window(s)
         before_f = q.probe.values(move.theta) if s > q.start else f_start
@@ -332,7 +350,9 @@ def _sweep(q, samples, out, by_update, complete, bar):
             out["data"].add(scores[rows], at, places)
             out["decay"].add(q.by_component(psi[rows] * move.coupled) + (direct if k == key else 0.), at)
             if pen is not None: out["penalty"].add(pen[rows], at)
-            if samples: out["replay"].add((psi[rows] @ gradient - scores[rows].sum((1, 2)) - (0. if pen is None else pen[rows].sum(1)))[:, None], at)
+            if samples:
+                replay = psi[rows] @ gradient - scores[rows].sum((1, 2)) - (0. if pen is None else pen[rows].sum(1))
+                out["replay"].add(replay[:, None], at); off = off + replay.abs()
         out["quadrature"].add(quadrature[:, None], w)
         out["rounding"].add((phi @ (move.delta - move.linear_delta))[:, None], w)
         live = _drop_dead(live, peak, key)
@@ -340,6 +360,9 @@ def _sweep(q, samples, out, by_update, complete, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     for carry in live.values():
         out["initial"].add(q.by_component(carry * q.layout.flat(move.state)))
+    if samples and (off > .01 * (f_end - f_start).abs()).any():
+        warnings.warn(f"Over the run, the revisited gradients differ from the recorded ones by {off.max():.2g} in units of the target, more than 1% of the change explained "
+                      "(result.replay). The data, device or precision are not those of the run, or a file is damaged (History(path).verify() tells).", stacklevel=3)
     return f_start, f_end, worst
 
 def _drop_dead(live, peak, key, eps=2.**-53):
@@ -347,7 +370,7 @@ def _drop_dead(live, peak, key, eps=2.**-53):
     for k, c in live.items(): peak[k] = max(peak.get(k, 0.), c.abs().max().item())
     return {k: c for k, c in live.items() if k == key or c.abs().max().item() > eps * peak[k]}
 
-# %% ../nbs/06_kernel.ipynb #74d8851d
+# %% ../nbs/06_kernel.ipynb #dc22a50c
 def _march(q, out, complete, bar):
     "Walk the steps forwards for component x update step; fill `out`. Returns baseline and prediction."
     f_start = before_f = q.probe.values(q.theta(q.start))
@@ -366,7 +389,7 @@ def _march(q, out, complete, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #9ebafe46
+# %% ../nbs/06_kernel.ipynb #244e160a
 PARTS = ("data", "decay", "penalty", "initial", "residual")   # these and the baseline add up to the prediction
 
 def explain(path,                   # directory of a recorded run, or an open `History`
@@ -414,7 +437,18 @@ def explain(path,                   # directory of a recorded run, or an open `H
 
 def _first_grads(q):
     "Gradients at the end of the window: the first evaluation, in which a bad target shows."
+    _check_repeats(q, q.probe.values, "target")
     return q.probe.grads(q.theta(q.stop))
+
+def _check_repeats(q, values, what):
+    "A function of the parameters gives the same numbers twice, and leaves the parameters alone."
+    theta = q.theta(q.stop)
+    first = values(theta)
+    touched = any(not torch.equal(p.detach().flatten(), theta[place].to(p)) for p, place in zip(q.probe.params, q.layout.place.values()))
+    again = values(theta)
+    if touched: raise ValueError(f"{what}(model) changes the model's parameters: it has to be a function of them.")
+    if not torch.allclose(first, again, rtol=1e-3, atol=1e-6 * first.abs().max().item()):
+        raise ValueError(f"Two evaluations of {what}(model) at the same parameters differ: it is random (dropout? random inputs?). Fix its inputs outside of the function.")
 
 def _check_memory(keep, sizes):
     need = 8 * int(np.prod([sizes[a] for a in keep]))
@@ -439,7 +473,7 @@ def _versions(q):
     return dict(explaind_nb=__version__, torch=str(torch.__version__), device=str(q.device), dtype=str(q.dtype).removeprefix("torch."),
                 start=q.start, stop=q.stop, path=str(q.history.path))
 
-# %% ../nbs/06_kernel.ipynb #37fc5308
+# %% ../nbs/06_kernel.ipynb #ae54cd30
 def _dataset(q, out, ends, seen):
     f_start, f_end, worst = ends
     ds = xr.Dataset({k: v.array() for k, v in out.items()})
@@ -459,14 +493,10 @@ def total(result: xr.Dataset, # what `explain` or `reconstruct` returned
     return xr.Dataset({k: v.sum([d for d in v.dims if d not in dims]) for k, v in parts.items()})
 
 def _closing(result):
-    "Write how well the account closes into the attributes, and warn where the revisited gradients were not the recorded ones."
+    "Write how well the account closes into the attributes."
     t = total(result, ("target", "output"))
     gap = sum(t[k] for k in ("baseline", *PARTS) if k in t) - t["prediction"]
     result.attrs["closing_error"] = float(abs(gap).max() / max(1e-300, max(float(abs(t[k]).max()) for k in t)))
-    moved = float(abs(t["prediction"] - t["baseline"]).max())
-    if "replay" in result and float(abs(result["replay"].sum()).max()) > .01 * moved:
-        warnings.warn("The revisited gradients differ from the recorded ones by more than 1% of the change explained (result.replay): other data, another device "
-                      "or precision than in the run.")
     return result
 
 def save(result: xr.Dataset, path):
@@ -479,7 +509,7 @@ def load(path) -> xr.Dataset:
     "Read what `save` wrote."
     return xr.load_dataset(path, engine="h5netcdf")
 
-# %% ../nbs/06_kernel.ipynb #ab49d6d0
+# %% ../nbs/06_kernel.ipynb #257908fa
 def reconstruct(path,                    # directory of a recorded run, or an open `History`
                 model: nn.Module,        # the network that was trained
                 fn,                      # `fn(model) -> Tensor` of any shape: all outputs at once
@@ -490,8 +520,10 @@ def reconstruct(path,                    # directory of a recorded run, or an op
                ) -> xr.Dataset:          # baseline + data + decay + initial + residual = prediction, over ("target", "output") and the kept axes
     "Split every output of a recorded run over update steps and components: one forward sweep of directional derivatives."
     began, out = time.perf_counter(), {}
+    if not set(keep) <= {"step", "component"}: raise ValueError(f"reconstruct keeps some of ('step', 'component') besides the outputs, not {keep!r}: use explain for samples.")
     q = Query(path, model, fn, keep=(*keep, "target"), rule=rule, nodes=nodes, tol=tol, component=component, steps=steps, device=device, dtype=dtype)
     f = Forward(q.probe, fn)
+    _check_repeats(q, f.values, "fn"); f.check()
     first = before = f.values(q.theta(q.start))
     last = f.values(q.theta(q.stop))
     _check_memory(("step", "component", "out"), dict(step=2 * q.windows if "step" in keep else 1, component=len(q.comps.labels), out=last.numel()))
@@ -525,15 +557,21 @@ class Forward:
     def __init__(self, probe, fn): self.probe, self.call = probe, _Outputs(probe.model, fn)
     def values(self, theta):
         self.probe.move(theta)
-        with torch.no_grad(), plain_kernels(self.probe.model): return self.call().double()
+        with torch.no_grad(), plain_kernels(self.probe.model): out = self.call()
+        if not isinstance(out, Tensor): raise TypeError(f"fn(model) must return one Tensor, got {type(out).__name__}.")
+        if not out.isfinite().all(): raise ValueError("The outputs are not finite at a recorded step: reconstruct something finite, or a window of steps before that.")
+        return out.double()
+    def check(self):
+        with torch.enable_grad(), plain_kernels(self.probe.model): out = self.call()
+        grads = torch.autograd.grad(out.sum(), self.probe.params, allow_unused=True) if out.requires_grad else []
+        if all(g is None for g in grads):
+            raise ValueError("The outputs do not depend on the parameters: compute them from the `model` argument of fn(model), without detach() or no_grad().")
     def at(self, params): return torch.func.functional_call(self.call, params, ())
     def dual(self, primal, tangent):
         "One derivative, by dual numbers."
         with forward_ad.dual_level():
             out = self.at({k: forward_ad.make_dual(v, tangent[k]) for k, v in primal.items()})
-            tangent = forward_ad.unpack_dual(out).tangent
-        if tangent is None: raise ValueError("The outputs do not depend on the parameters: compute them from the `model` argument of fn(model), without detach().")
-        return tangent
+            return forward_ad.unpack_dual(out).tangent
     def jvps(self, theta, tangents, few=4):
         "Derivatives along each row of `tangents` [K, D]: [K, *outputs], float64. Many rows share one evaluation of the network."
         like = dict(zip(self.probe.layout.shapes, self.probe.params))
@@ -555,7 +593,7 @@ def _outputs_dataset(q, out, first, last, keep):
     ds = xr.Dataset()
     for k, v in out.items():
         dims = ["step"] * ("step" in keep) + ["component"] * ("component" in keep and k != "residual")
-        ds[k] = ([*dims, *axes], v.reshape(*[n for n, d in zip(v.shape, ("step", "component")) if d in dims], *last.shape).numpy())
+        ds[k] = ([*dims, *axes], v.reshape([n for n, d in zip(v.shape, ("step", "component")) if d in dims] + list(last.shape)).numpy())
     if "decay" not in ds: ds["decay"] = xr.zeros_like(ds["data"])
     ds["baseline"], ds["prediction"] = (axes, first.cpu().numpy()), (axes, last.cpu().numpy())
     return q.describe(ds)

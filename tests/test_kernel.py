@@ -361,7 +361,18 @@ def test_refusals(small, tmp_path):
     class Short:
         def __len__(self): return 5
         def __getitem__(self, ids): return case.data[ids]
-    bad = [(dict(data=Short()), "sample id"), (dict(target=lambda m: torch.ones(3)), "does not depend"), (dict(target=lambda m: 1.), "must return a Tensor"),
+    calls = iter(range(10**6))
+    def mutating(m):
+        with torch.no_grad(): next(m.parameters()).mul_(1.01)
+        return case.target(m)
+    outside = case.make()
+    bad = [(dict(target=lambda m: case.target(m) * (1 + next(calls))), "it is random"), (dict(target=mutating), "changes the model's parameters"),
+           (dict(target=lambda m: case.target(outside)), "does not depend"), (dict(target=lambda m: case.target(m)[:0]), "no values"),
+           (dict(data=None), "keep holds 'sample'"), (dict(data=torch.utils.data.DataLoader([1])), "loader.dataset"), (dict(data=(1, 2)), "TensorDataset"),
+           (dict(keep="sample"), "keep is a tuple"), (dict(nodes=0), "positive integer"), (dict(tol=-1.), "positive number"), (dict(dtype="float64"), "torch.float64"),
+           (dict(steps=5), "not a window"), (dict(steps=(0, None)), "not a window"), (dict(model=None), "nn.Module"),
+           (dict(loss=lambda m, b: case.loss(outside, b)), "does not depend on its `model` argument"),
+           (dict(data=Short()), "sample id"), (dict(target=lambda m: torch.ones(3)), "does not depend"), (dict(target=lambda m: 1.), "must return a Tensor"),
            (dict(target=lambda m: case.target(m) * float("nan")), "not finite"), (dict(steps=(3, 99)), "not a window"), (dict(step_axis="both"), "step_axis"),
            (dict(rule="simpson"), "Unknown quadrature"), (dict(samples=[0, 1]), "samples="), (dict(keep=("step",), penalty=lambda m: 0.), "keep 'sample'"),
            (dict(engine="magic"), "engine"), (dict(loss=lambda m, b: case.loss(m, b) - case.loss(m, b).mean()), "couples"),
@@ -370,3 +381,52 @@ def test_refusals(small, tmp_path):
         with pytest.raises((ValueError, TypeError), match=text): ask(**kw)
     with pytest.raises(ValueError, match="no history"): explain(tmp_path / "nothing", case.make(), case.data, case.loss, case.target)
     with pytest.raises(MemoryError, match="keep fewer axes"): _check_memory(("step", "sample"), dict(step=10**6, sample=10**9))
+
+
+def test_parameters_outside_the_optimizer(tmp_path):
+    "Fine-tuning: only some parameters are owned; what the model passed to explain holds elsewhere is replaced by the recording's."
+    case = ZOO[list(ZOO)[0]]
+    model = case.make(); named = dict(model.named_parameters()); names = list(named)[2:]
+    for n in list(named)[:2]: named[n].requires_grad_(False)
+    optimizer = torch.optim.AdamW([named[n] for n in names], lr=.02)
+    with Recorder(model, optimizer, tmp_path / "run") as recorder:
+        for ids in BATCHES["unequal"]:
+            recorder.batch(ids); case.loss(model, case.data[ids]).mean().backward(); optimizer.step(); optimizer.zero_grad()
+    final = case.target(model).detach()
+    other = case.make()
+    with torch.no_grad(): next(other.parameters()).add_(1.)
+    for engine in ("ghost", "jvp", "materialise"):
+        r = explain(tmp_path / "run", other, case.data, case.loss, case.target, engine=engine, progress=False)
+        assert list(r.component.values) == names and r.closing_error < 1e-12 and np.allclose(r.prediction, final, atol=1e-12) and abs(r.replay).max() < 1e-12
+
+
+def test_map_style_data_sets(small, tmp_path):
+    "A list or a Subset, which take one number at a time, are collated; the result is the same."
+    case, path = small
+    items = [tree_map(lambda x, i=i: x[i], case.data[torch.arange(12)]) for i in range(12)]
+    want = run_explain(path, case)
+    for data in (items, torch.utils.data.Subset(items, range(12))):
+        assert abs(run_explain(path, case._replace(data=data)).data - want.data).max() < 1e-13
+
+
+def test_wrong_data_later_in_the_run_is_reported(small):
+    "The first steps match and the later ones do not; targets that cancel do not hide it."
+    case, path = small
+    early = torch.cat(BATCHES["unequal"][:2])
+    class Late:
+        def __len__(self): return 12
+        def __getitem__(self, ids): return tree_map(lambda a, b: torch.where(torch.isin(ids, early).reshape(-1, *[1] * (a.dim() - 1)), a, b), case.data[ids], case.data[11 - ids])
+    both = lambda m: torch.stack([case.target(m)[0], -case.target(m)[0]])
+    with pytest.warns(UserWarning, match="differ from the recorded ones"):
+        explain(path, case.make(), Late(), case.loss, both, rule="midpoint", progress=False)
+
+
+def test_reconstruct_refusals(small):
+    case, path = small
+    for fn, text in ((lambda m: (case.target(m),), "one Tensor"), (lambda m: case.target(m).log(), "not finite"), (lambda m: torch.ones(3), "do not depend"),
+                     (lambda m: case.target(m) * torch.rand(()), "random")):
+        with pytest.raises((ValueError, TypeError), match=text): reconstruct(path, case.make(), fn, progress=False)
+    with pytest.raises(ValueError, match="use explain"): reconstruct(path, case.make(), case.target, keep=("sample",), progress=False)
+    for keep in ((), ("step",), ("component",)):
+        scalar = reconstruct(path, case.make(), lambda m: case.target(m).sum(), keep=keep, progress=False)
+        assert set(scalar.data.dims) == set(keep) and scalar.closing_error < 1e-12
