@@ -6,7 +6,7 @@
 __all__ = ['anonymous_memory', 'Meter', 'quality', 'settings', 'fresh', 'train_recorded', 'verdict', 'accuracies', 'figures',
            'run_job', 'summary', 'main']
 
-# %% ../nbs/10_cli.ipynb #90eff816
+# %% ../nbs/10_cli.ipynb #fc3aefac
 import json, resource, sys, threading, time
 from pathlib import Path
 import torch, matplotlib
@@ -17,7 +17,7 @@ from .kernel import explain, reconstruct, save, total
 from .modular import ModularTransformer, accuracy, fit, make_optimizer, modular_pairs, nll
 from .plots import COLORS, account, heatmap, top_samples, trajectory, waterfall
 
-# %% ../nbs/10_cli.ipynb #0aecf67b
+# %% ../nbs/10_cli.ipynb #cbc982fe
 def anonymous_memory() -> float:
     "MiB that this process holds now, file-mapped pages excluded (Linux; elsewhere the peak of everything so far)."
     try: return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 2**10
@@ -38,7 +38,7 @@ class Meter:
     @property
     def cost(self): return dict(seconds=round(self.seconds, 2), peak_mib=round(self.peak))
 
-# %% ../nbs/10_cli.ipynb #0ab98169
+# %% ../nbs/10_cli.ipynb #7f2204a8
 def quality(full) -> dict: # result of `reconstruct` on log-probabilities [points, classes], steps and components summed
     "Agreement, KL and mean error of the prediction without its residual; with it, the largest error."
     t = total(full, ("target", "output"))
@@ -48,7 +48,7 @@ def quality(full) -> dict: # result of `reconstruct` on log-probabilities [point
                 mean_error=(parts - truth).abs().mean().item(), error_with_residual=(parts + torch.tensor(t.residual.values) - truth).abs().max().item(),
                 nodes_per_step=full.nodes_per_step)
 
-# %% ../nbs/10_cli.ipynb #40e6076a
+# %% ../nbs/10_cli.ipynb #bd755277
 def settings(p: int) -> dict:
     "Hyper-parameters (the paper's for p = 113, a small run that groks quickly for other primes), and the reconstruction's tolerance."
     if p == 113: return dict(n_train=4000, n_val=2000, lr=1e-3, weight_decay=4., tol=.002)
@@ -96,7 +96,7 @@ def figures(out, result, log, train):
     for name, ax in axes.items():
         ax.figure.savefig(out/f"{name}.png", dpi=120, bbox_inches="tight"); plt.close(ax.figure)
 
-# %% ../nbs/10_cli.ipynb #3f722c36
+# %% ../nbs/10_cli.ipynb #96691cf7
 def run_job(p=47, out=None, seed=43, max_steps=4000, tol=.02, reconstruct_tol=None):
     "Train, reconstruct, attribute; returns the report as a dict and writes everything to a folder."
     out = Path(out or f"explaind-p{p}"); out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def run_job(p=47, out=None, seed=43, max_steps=4000, tol=.02, reconstruct_tol=No
     with Meter() as m: full = reconstruct(out/"run", model, lambda net: net(val.tokens), keep=(), tol=reconstruct_tol or conf["tol"])
     cost["reconstruct"] = m.cost
     save(full, out/"reconstruct.nc"); save(result, out/"explain.nc"); figures(out, result, log, train)
-    moved = float(abs((result.data.sum("sample") + result.decay).sum("component") + result.residual).sum())
+    moved = float(abs((result.data.sum("sample", skipna=False) + result.decay).sum("component") + result.residual).sum())
     report = dict(p=p, seed=seed, steps=steps, verdict=verdict(log, max_steps), threads=torch.get_num_threads(), recording_changed_nothing=same,
                   reconstruction=quality(full), account={k: float(v) for k, v in total(result).items()}, closing_error=result.closing_error,
                   explain_nodes_per_step=result.nodes_per_step, residual_share=float(abs(result.quadrature).sum()) / moved,
@@ -142,7 +142,7 @@ def summary(report, result) -> str:
                                                       f"{rec['share_of_training']:.1%} of the plain training time")
     return "\n".join(lines)
 
-# %% ../nbs/10_cli.ipynb #3bad75f3
+# %% ../nbs/10_cli.ipynb #1af5078a
 @call_parse
 def main(p: int = 47,               # modulus, a prime; 113 is the paper's network
          out: str = None,           # folder for the recording, results and figures (default: explaind-p<P>); continued if it exists

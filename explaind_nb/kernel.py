@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'PARTS', 'Layout', 'Probe', 'Move', 'Streams', 'Kept', 'Query', 'Samples', 'explain', 'total', 'save', 'load',
            'reconstruct', 'Forward']
 
-# %% ../nbs/06_kernel.ipynb #5c585d5e
+# %% ../nbs/06_kernel.ipynb #e6e70974
 import copy, os, time, warnings
 from pathlib import Path
 import numpy as np
@@ -14,11 +14,11 @@ import torch, xarray as xr
 from torch import nn, Tensor
 from torch.autograd import forward_ad
 from tqdm.auto import tqdm
-from .history import History, warn_tf32
+from .history import History, check_modules, warn_tf32
 from .quadrature import line_integral, first_guess, complete as spread
-from .contraction import Contraction, components, plain_kernels, refuse_random
+from .contraction import Contraction, components, plain_kernels
 
-# %% ../nbs/06_kernel.ipynb #5334eca8
+# %% ../nbs/06_kernel.ipynb #3f486881
 class Layout:
     "Names, shapes and places of the parameters in one flat vector of length D."
     def __init__(self,
@@ -41,7 +41,7 @@ class Layout:
 
 def _only(tensors, names): return {k: tensors[k] for k in names}
 
-# %% ../nbs/06_kernel.ipynb #4797237b
+# %% ../nbs/06_kernel.ipynb #513b54b2
 class Probe:
     "A private copy of the model, movable along the path, with the target's values and gradients."
     def __init__(self, model, target, layout, device, dtype, summed):
@@ -85,7 +85,7 @@ def _vjps(out, params, chunk=32):
     for rows in torch.eye(len(out), dtype=out.dtype, device=out.device).split(chunk):
         yield rows, torch.autograd.grad(out, params, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
 
-# %% ../nbs/06_kernel.ipynb #917dd4c6
+# %% ../nbs/06_kernel.ipynb #5c478206
 class Move:
     "One recorded step as flat vectors: `theta`, `delta`, the linear steps and the recorded gradient."
     def __init__(self, history, s, layout, after=None):
@@ -118,7 +118,7 @@ class Move:
             if c is not None: back[..., self.layout.place[k]] = c.reshape(len(c), -1)
         return psi, back
 
-# %% ../nbs/06_kernel.ipynb #014c46b6
+# %% ../nbs/06_kernel.ipynb #5ab965f3
 class Streams:
     "Forward streams through the frozen optimizer: how much of each displacement is weight decay's, and the warm state's."
     def __init__(self): self.decay, self.initial = {}, None
@@ -134,7 +134,7 @@ class Streams:
             if self.initial.get(k) is not None: initial[k], self.initial[k] = st.forward(self.initial[k], zero)
         return move.layout.flat(decay), move.layout.flat(initial)
 
-# %% ../nbs/06_kernel.ipynb #70e1e554
+# %% ../nbs/06_kernel.ipynb #1c21d58a
 def _window(steps, n):
     "First step, end, and the window edges of the step axis."
     if n == 0: raise ValueError("No steps are recorded yet: they are written when the `with Recorder(...)` block ends.")
@@ -145,7 +145,7 @@ def _window(steps, n):
     a, b, width = r.start, r.stop, r.step
     return a, b, width
 
-# %% ../nbs/06_kernel.ipynb #590b3c95
+# %% ../nbs/06_kernel.ipynb #3231a6bd
 AXES = ("target", "step", "component", "sample")
 
 class Kept:
@@ -164,7 +164,7 @@ class Kept:
     def array(self):
         return self.keep, self.x.squeeze(tuple(i for i, a in enumerate(AXES) if a not in self.keep)).numpy()
 
-# %% ../nbs/06_kernel.ipynb #302afdad
+# %% ../nbs/06_kernel.ipynb #4c45d1dc
 def _check_arguments(model, keep, rule, nodes, tol, dtype):
     if isinstance(keep, str) or not isinstance(keep, (tuple, list, set)): raise TypeError(f"keep is a tuple of axes, like ('sample',), not {keep!r}.")
     if bad := set(keep) - set(AXES): raise ValueError(f"Unknown axes {sorted(bad)}: keep takes some of {AXES}.")
@@ -179,7 +179,7 @@ class Query:
         self.history = history if isinstance(history, History) else History(history)
         if not isinstance(model, nn.Module): raise TypeError(f"model is the nn.Module that was trained, not {type(model).__name__}.")
         if torch.is_inference_mode_enabled(): raise RuntimeError("Gradients are needed: call explain and reconstruct outside of torch.inference_mode().")
-        self.history.check_model(model); refuse_random(model)
+        self.history.check_model(model); check_modules(model.named_modules())
         first = next(model.parameters())
         self.device, self.dtype = torch.device(device or first.device), dtype or first.dtype
         _check_arguments(model, keep, rule, nodes, tol, dtype)
@@ -246,7 +246,7 @@ def _component_of(layout, comps):
         out[place] = index if isinstance(index, int) else torch.as_tensor(index).repeat_interleave(size // len(index))
     return out
 
-# %% ../nbs/06_kernel.ipynb #0b97bbe1
+# %% ../nbs/06_kernel.ipynb #822d3579
 def _mismatch(recorded, revisited):
     "Relative distance of two gradients, and the factor that would fit best."
     size = recorded.norm()
@@ -266,7 +266,7 @@ def _check_gradient(s, recorded, revisited, scale, tol=1e-2):
            "data[ids] must give what the loop saw, an explicit regularizer must be passed as penalty=, and a loop under autocast needs it inside the loss")
     raise ValueError(f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}.")
 
-# %% ../nbs/06_kernel.ipynb #79e0d14c
+# %% ../nbs/06_kernel.ipynb #cf124f65
 class Samples:
     "Revisits training batches: contracts `psi` with the gradients of single samples."
     def __init__(self, query, loss, data, engine, samples, penalty):
@@ -324,7 +324,7 @@ def _groups(samples, ids):
     except TypeError: raise TypeError("samples= needs a label (a string or a number) for every sample.") from None
     return labels, torch.as_tensor(group)
 
-# %% ../nbs/06_kernel.ipynb #2fb45355
+# %% ../nbs/06_kernel.ipynb #3dd7b0b4
 def _sweep(q, samples, out, by_update, complete, bar):
     "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline, prediction and the largest gradient mismatch."
     f_end = after_f = q.probe.values(q.theta(q.stop))
@@ -370,7 +370,7 @@ def _drop_dead(live, peak, key, eps=2.**-53):
     for k, c in live.items(): peak[k] = max(peak.get(k, 0.), c.abs().max().item())
     return {k: c for k, c in live.items() if k == key or c.abs().max().item() > eps * peak[k]}
 
-# %% ../nbs/06_kernel.ipynb #dc22a50c
+# %% ../nbs/06_kernel.ipynb #a418f4c3
 def _march(q, out, complete, bar):
     "Walk the steps forwards for component x update step; fill `out`. Returns baseline and prediction."
     f_start = before_f = q.probe.values(q.theta(q.start))
@@ -389,7 +389,7 @@ def _march(q, out, complete, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #244e160a
+# %% ../nbs/06_kernel.ipynb #cd72d917
 PARTS = ("data", "decay", "penalty", "initial", "residual")   # these and the baseline add up to the prediction
 
 def explain(path,                   # directory of a recorded run, or an open `History`
@@ -473,7 +473,7 @@ def _versions(q):
     return dict(explaind_nb=__version__, torch=str(torch.__version__), device=str(q.device), dtype=str(q.dtype).removeprefix("torch."),
                 start=q.start, stop=q.stop, path=str(q.history.path))
 
-# %% ../nbs/06_kernel.ipynb #ae54cd30
+# %% ../nbs/06_kernel.ipynb #eac7347f
 def _dataset(q, out, ends, seen):
     f_start, f_end, worst = ends
     ds = xr.Dataset({k: v.array() for k, v in out.items()})
@@ -490,7 +490,7 @@ def total(result: xr.Dataset, # what `explain` or `reconstruct` returned
          ) -> xr.Dataset:     # the parts, baseline and prediction over those axes
     "The account of a result: every part summed over all axes but `dims`."
     parts = {k: result[k] for k in ("baseline", *PARTS, "prediction") if k in result}
-    return xr.Dataset({k: v.sum([d for d in v.dims if d not in dims]) for k, v in parts.items()})
+    return xr.Dataset({k: v.sum([d for d in v.dims if d not in dims], skipna=False) for k, v in parts.items()})   # skipna would copy
 
 def _closing(result):
     "Write how well the account closes into the attributes."
@@ -509,7 +509,7 @@ def load(path) -> xr.Dataset:
     "Read what `save` wrote."
     return xr.load_dataset(path, engine="h5netcdf")
 
-# %% ../nbs/06_kernel.ipynb #257908fa
+# %% ../nbs/06_kernel.ipynb #b160fa12
 def reconstruct(path,                    # directory of a recorded run, or an open `History`
                 model: nn.Module,        # the network that was trained
                 fn,                      # `fn(model) -> Tensor` of any shape: all outputs at once

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'RAISED', 'LOWERED', 'Text', 'account', 'waterfall', 'heatmap', 'top_samples', 'trajectory']
 
-# %% ../nbs/07_plots.ipynb #f557ca82
+# %% ../nbs/07_plots.ipynb #3f2f9d56
 from html import escape
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,12 +13,12 @@ import xarray as xr
 from matplotlib.colors import Normalize, SymLogNorm
 from .kernel import PARTS, total
 
-# %% ../nbs/07_plots.ipynb #9a092766
+# %% ../nbs/07_plots.ipynb #16b37cea
 COLORS = dict(baseline="#8a9199", data="#0072b2", decay="#e69f00", penalty="#009e73", initial="#cc79a7",
               residual="#d55e00", prediction="#2b2f33")     # Okabe-Ito, readable with any colour vision
 RAISED, LOWERED = "#b2182b", "#2166ac"                      # the ends of the colour map RdBu, for signs
 
-# %% ../nbs/07_plots.ipynb #739269d9
+# %% ../nbs/07_plots.ipynb #56c0951f
 def _pick(result, target):
     "The result of one target. Raises `ValueError` if it is not clear which."
     axes = [d for d in ("target", *sorted(d for d in result.dims if d.startswith("output"))) if d in result.dims]
@@ -56,7 +56,7 @@ def _over(result, part, *dims):
         if d in result[part].dims: continue
         remedy = "choose a part that has, such as 'data'" if d in result["data"].dims else f"explain with keep= containing {d!r}"
         raise ValueError(f"The {part} of this result has no axis {d!r}: {remedy}.")
-    return result[part].sum([d for d in result[part].dims if d not in dims]).transpose(*dims)
+    return result[part].sum([d for d in result[part].dims if d not in dims], skipna=False).transpose(*dims)
 
 def _axes(ax, width, height):
     "The given Axes or fresh ones, without the box."
@@ -64,7 +64,7 @@ def _axes(ax, width, height):
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/07_plots.ipynb #d1da847f
+# %% ../nbs/07_plots.ipynb #90e26a75
 class Text(str):
     "A string that a notebook shows as it is printed."
     def __repr__(self): return str(self)
@@ -86,7 +86,7 @@ def account(result: xr.Dataset, # what `explain` or `reconstruct` returned
     closing = f"closing error {abs(gap) / max(1e-300, *map(abs, t.values())):.1g} of the largest term"
     return Text("\n".join([f"{'':<12}{'value':>14}{'of the change':>16}", *lines, "; ".join([*nodes, closing])]))
 
-# %% ../nbs/07_plots.ipynb #c4362ba9
+# %% ../nbs/07_plots.ipynb #335f3762
 def waterfall(result: xr.Dataset, # what `explain` or `reconstruct` returned
               target=None,        # which one, if there are several: its label, or `(target, output)`
               ax=None,            # Axes to draw into
@@ -115,7 +115,7 @@ def waterfall(result: xr.Dataset, # what `explain` or `reconstruct` returned
     _title(ax, f"change {change:+.4g}" + (f", of which residual {_percent(t['residual'], change)}" if change else ""))
     return ax
 
-# %% ../nbs/07_plots.ipynb #a089edc7
+# %% ../nbs/07_plots.ipynb #7a3aeb62
 def _bins(result, most):
     "First step of each of at most `most` bins, their places on the step axis, and the edges of the drawing."
     steps = result["step"].values
@@ -162,7 +162,7 @@ def heatmap(result: xr.Dataset,  # what `explain` or `reconstruct` returned, wit
     _title(ax, f"{part}: sum {x.sum():+.4g}")
     return ax
 
-# %% ../nbs/07_plots.ipynb #ac95e2a0
+# %% ../nbs/07_plots.ipynb #e7d913c7
 def _extremes(x, k):
     "Places of the k largest positive entries, largest first, then of the k most negative ones, most negative last."
     order = np.argsort(-x, kind="stable")
@@ -204,7 +204,7 @@ def _concentration(x, at):
     return (f"{len(at)} of {len(x)} samples hold {held:+.4g} of the sum {whole:+.4g} ({_percent(held, whole)})\n"
             f"cancellation Σ|·| / |Σ·| = {np.abs(x).sum() / abs(whole):.3g}")
 
-# %% ../nbs/07_plots.ipynb #2179db61
+# %% ../nbs/07_plots.ipynb #d08d2d61
 def _curve(result, part):
     "A part accumulated over the steps, [S + 1], from 0. A part that has no step axis was there from the beginning."
     if "step" not in result[part].dims: return np.full(result.sizes["step"] + 1, float(result[part].sum()))

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from explaind_nb.contraction import Contraction, components, heads, refuse_random
+from explaind_nb.contraction import Contraction, components, heads
+from explaind_nb.history import check_modules
 from zoo import M, ZOO, Samples, cross_entropy, integers, noise, sample_gradients, slow_scores
 
 IDS = torch.tensor([7, 2, 10, 2, 0, 5, 11])  # shuffled, one id twice, batch of 7 against sequences of 5
@@ -235,12 +236,12 @@ def test_coupled_samples():
 
 def test_random_layers():
     model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.1))
-    with pytest.raises(ValueError, match="Dropout '1' draws random.*model.eval"): refuse_random(model)
-    refuse_random(model.eval())
-    with pytest.raises(ValueError, match="BatchNorm1d '0' normalises with the statistics of the batch.*GroupNorm"):
-        refuse_random(nn.Sequential(nn.BatchNorm1d(3)))
-    with pytest.raises(ValueError, match="MultiheadAttention '0'"):
-        refuse_random(nn.Sequential(nn.MultiheadAttention(4, 2, dropout=0.1)))
+    with pytest.raises(ValueError, match="'1' .Dropout. is random.*eval"): check_modules(model.named_modules())
+    check_modules(model.eval().named_modules())
+    with pytest.raises(ValueError, match="'0' .BatchNorm1d. couples the samples of a batch.*GroupNorm"):
+        check_modules(nn.Sequential(nn.BatchNorm1d(3)).named_modules())
+    with pytest.raises(ValueError, match="'0' .MultiheadAttention."):
+        check_modules(nn.Sequential(nn.MultiheadAttention(4, 2, dropout=0.1)).named_modules())
     refuse("BatchNorm2d", model=nn.Sequential(nn.BatchNorm2d(6)).train())
     model = ZOO["mlp tanh"].make()
     c = Contraction(model, cross_entropy, ZOO["mlp tanh"].data, components(model))
