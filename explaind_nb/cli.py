@@ -6,8 +6,8 @@
 __all__ = ['anonymous_memory', 'Meter', 'quality', 'settings', 'fresh', 'train_recorded', 'verdict', 'accuracies', 'figures',
            'run_job', 'summary', 'main']
 
-# %% ../nbs/10_cli.ipynb #fc3aefac
-import json, resource, sys, threading, time
+# %% ../nbs/10_cli.ipynb #867785fb
+import json, os, platform, sys, threading, time
 from pathlib import Path
 import torch, matplotlib
 from matplotlib import pyplot as plt
@@ -17,11 +17,13 @@ from .kernel import explain, reconstruct, save, total
 from .modular import ModularTransformer, accuracy, fit, make_optimizer, modular_pairs, nll
 from .plots import COLORS, account, heatmap, top_samples, trajectory, waterfall
 
-# %% ../nbs/10_cli.ipynb #cbc982fe
+# %% ../nbs/10_cli.ipynb #c27f511f
 def anonymous_memory() -> float:
     "MiB that this process holds now, file-mapped pages excluded (Linux; elsewhere the peak of everything so far)."
     try: return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 2**10
-    except (OSError, StopIteration): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    except (OSError, StopIteration): pass
+    import resource                                              # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 class Meter:
     "Wall time and peak anonymous memory of a `with` block."
@@ -38,7 +40,7 @@ class Meter:
     @property
     def cost(self): return dict(seconds=round(self.seconds, 2), peak_mib=round(self.peak))
 
-# %% ../nbs/10_cli.ipynb #7f2204a8
+# %% ../nbs/10_cli.ipynb #7a8f82f5
 def quality(full) -> dict: # result of `reconstruct` on log-probabilities [points, classes], steps and components summed
     "Agreement, KL and mean error of the prediction without its residual; with it, the largest error."
     t = total(full, ("target", "output"))
@@ -48,12 +50,12 @@ def quality(full) -> dict: # result of `reconstruct` on log-probabilities [point
                 mean_error=(parts - truth).abs().mean().item(), error_with_residual=(parts + torch.tensor(t.residual.values) - truth).abs().max().item(),
                 nodes_per_step=full.nodes_per_step)
 
-# %% ../nbs/10_cli.ipynb #bd755277
+# %% ../nbs/10_cli.ipynb #8dcaa646
 def settings(p: int) -> dict:
     "Hyper-parameters (the paper's for p = 113, a small run that groks quickly for other primes), and the reconstruction's tolerance."
     if p == 113: return dict(n_train=4000, n_val=2000, lr=1e-3, weight_decay=4., tol=.002)
     n = p * (p + 1) // 2
-    return dict(n_train=round(.8 * n), n_val=n - round(.8 * n), lr=3e-3, weight_decay=2., tol=.01)
+    return dict(n_train=round(.85 * n), n_val=n - round(.85 * n), lr=4e-3, weight_decay=2., tol=.004)
 
 def fresh(p, seed, lr, weight_decay, **_):
     "The network and its optimizer at the start of a run."
@@ -96,8 +98,8 @@ def figures(out, result, log, train):
     for name, ax in axes.items():
         ax.figure.savefig(out/f"{name}.png", dpi=120, bbox_inches="tight"); plt.close(ax.figure)
 
-# %% ../nbs/10_cli.ipynb #96691cf7
-def run_job(p=47, out=None, seed=43, max_steps=4000, tol=.02, reconstruct_tol=None):
+# %% ../nbs/10_cli.ipynb #9d8f12d6
+def run_job(p=53, out=None, seed=43, max_steps=4000, tol=.02, reconstruct_tol=None):
     "Train, reconstruct, attribute; returns the report as a dict and writes everything to a folder."
     out = Path(out or f"explaind-p{p}"); out.mkdir(parents=True, exist_ok=True)
     conf, cost = settings(p), {}
@@ -121,7 +123,8 @@ def run_job(p=47, out=None, seed=43, max_steps=4000, tol=.02, reconstruct_tol=No
     report = dict(p=p, seed=seed, steps=steps, verdict=verdict(log, max_steps), threads=torch.get_num_threads(), recording_changed_nothing=same,
                   reconstruction=quality(full), account={k: float(v) for k, v in total(result).items()}, closing_error=result.closing_error,
                   explain_nodes_per_step=result.nodes_per_step, residual_share=float(abs(result.quadrature).sum()) / moved,
-                  explain_over_training=ratio, cost=cost, torch=str(torch.__version__))
+                  explain_over_training=ratio, cost=cost, torch=str(torch.__version__),
+                  machine=f"{platform.system()}, {platform.machine()}, {os.cpu_count()} cores")
     if recording["steps"]: report["recording"] = dict(ms_per_step=1e3 * recording["seconds"] / recording["steps"], bytes_per_step=recording["bytes"] / recording["steps"],
                                                       share_of_training=recording["seconds"] / recording["steps"] * steps / cost["training, plain"]["seconds"])
     (out/"report.json").write_text(json.dumps(report, indent=1))
@@ -142,15 +145,15 @@ def summary(report, result) -> str:
                                                       f"{rec['share_of_training']:.1%} of the plain training time")
     return "\n".join(lines)
 
-# %% ../nbs/10_cli.ipynb #1af5078a
+# %% ../nbs/10_cli.ipynb #f4d27aa6
 @call_parse
-def main(p: int = 47,               # modulus, a prime; 113 is the paper's network
+def main(p: int = 53,               # modulus, a prime; 113 is the paper's network
          out: str = None,           # folder for the recording, results and figures (default: explaind-p<P>); continued if it exists
          seed: int = 43,            # of the weights and of the order of the samples
          max_steps: int = 4000,     # give up grokking after so many steps
          threads: int = 1,          # of torch; the matrices are small, and two threads on a busy machine can be many times slower than one
          tol: float = .02,          # accepted quadrature residual of the attribution, relative to the change of the loss
-         reconstruct_tol: float = None, # the same for the reconstruction of all outputs (default: .002 for p = 113, else .01)
+         reconstruct_tol: float = None, # the same for the reconstruction of all outputs (default: .002 for p = 113, else .004)
         ):
     "Train a transformer that groks modular addition, reconstruct its predictions, and attribute its validation loss."
     matplotlib.use("agg"); torch.set_num_threads(threads)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'BUDGET', 'ENGINES', 'Components', 'components', 'heads', 'plain_kernels', 'Contraction']
 
-# %% ../nbs/05_contraction.ipynb #4543fff4
+# %% ../nbs/05_contraction.ipynb #bbb75eec
 import copy
 import warnings
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .history import check_modules
 
-# %% ../nbs/05_contraction.ipynb #637bbcf8
+# %% ../nbs/05_contraction.ipynb #0a84447e
 class Components:
     "A labelling of all parameters: the `component` axis."
     def __init__(self,
@@ -71,7 +71,7 @@ def components(model,          # the model, or {parameter name: shape}
         index[n] = torch.tensor([count(x) for x in o])
     return Components(list(number), index)
 
-# %% ../nbs/05_contraction.ipynb #481e1e51
+# %% ../nbs/05_contraction.ipynb #0052d151
 def heads(n: int,           # how many heads
           pattern: str,     # text that the names of the tensors to split contain
           stacked: int = 1, # projections stacked along the rows; 3 for `in_proj_weight` of `nn.MultiheadAttention`
@@ -84,7 +84,7 @@ def heads(n: int,           # how many heads
         return [f"{name}.head{j}" for j in range(n) for _ in range(shape[0] // (n * stacked))] * stacked
     return label
 
-# %% ../nbs/05_contraction.ipynb #ad8bbfc2
+# %% ../nbs/05_contraction.ipynb #aa814555
 def _dot(b, y, shape, keep):
     "Σ b·y of every sample, [B, 1]; with `keep` [B, rows], where `shape` = (B, positions, rows, rest)"
     if not keep: return torch.linalg.vecdot(b.reshape(shape[0], -1), y.reshape(shape[0], -1))[:, None]
@@ -96,7 +96,7 @@ def _product(g, psi, keep):
     g, psi = g.reshape(*g.shape[:2], -1), psi.reshape(*psi.shape[:2], -1)
     return torch.einsum('brx,trx->tbr', g, psi)                                           # t: target, b: sample, r: row
 
-# %% ../nbs/05_contraction.ipynb #f863d697
+# %% ../nbs/05_contraction.ipynb #554e7501
 def _many(T, S): return T * S > S + T + 50  # products per weight; a gradient through memory costs about 50 of them
 
 def _linear(m, key, a, b, psi, B, keep, materialise):
@@ -110,7 +110,7 @@ def _linear(m, key, a, b, psi, B, keep, materialise):
     else: y = [_dot(a, b @ p, a.shape, False) for p in psi]
     return torch.stack(y), None
 
-# %% ../nbs/05_contraction.ipynb #229503b9
+# %% ../nbs/05_contraction.ipynb #3b002c40
 def _channels(x, B): return (B, x.shape[0] // B, x.shape[1], prod(x.shape[2:]))  # samples, positions, channels, positions
 
 def _conv(m, key, a, b, psi, B, keep, materialise):
@@ -124,14 +124,14 @@ def _conv_transpose(m, key, a, b, psi, B, keep, materialise):
     back = lambda p: conv(b, p, None, m.stride, m.padding, m.dilation, m.groups)[tuple(map(slice, a.shape))]
     return torch.stack([_dot(a, back(p), _channels(a, B), keep) for p in psi]), None
 
-# %% ../nbs/05_contraction.ipynb #64a329c6
+# %% ../nbs/05_contraction.ipynb #a3714fb6
 def _embedding(m, key, a, b, psi, B, keep, materialise):
     tokens, b = a.reshape(B, -1), b.reshape(B, -1, m.embedding_dim)
     p = torch.stack([torch.linalg.vecdot(b, F.embedding(tokens, p)) for p in psi])         # [T, B, positions]
     if m.padding_idx is not None: p = p.masked_fill(tokens == m.padding_idx, 0)
     return (p, tokens) if keep else (p.sum(-1, keepdim=True), None)
 
-# %% ../nbs/05_contraction.ipynb #3cbb8f84
+# %% ../nbs/05_contraction.ipynb #1c05c416
 def _last_axes(hat):
     "Rule for a gain and bias over the last axes; `hat` normalises the input"
     def rule(m, key, a, b, psi, B, keep, materialise):
@@ -156,7 +156,7 @@ RULES = {nn.Linear: _linear, nn.Embedding: _embedding,
          nn.GroupNorm: _channel_axis(lambda m, a: F.group_norm(a, m.num_groups, eps=m.eps)),
          _batch_norm: _channel_axis(lambda m, a: F.batch_norm(a, m.running_mean, m.running_var, eps=m.eps))}
 
-# %% ../nbs/05_contraction.ipynb #d952ddda
+# %% ../nbs/05_contraction.ipynb #68abe9ec
 def _rule(m):
     return next((r for cls, r in RULES.items() if isinstance(m, cls) and type(m).forward is cls.forward), None)
 
@@ -174,7 +174,7 @@ def _scatter(scores, index, p, rows):
         at = index[rows] * p.shape[1] + torch.arange(p.shape[1], device=p.device)[:, None]   # place in [C, B] flattened
         scores.view(len(p), -1).index_add_(1, at.flatten(), p.flatten(1).to(scores.dtype))
 
-# %% ../nbs/05_contraction.ipynb #7035451d
+# %% ../nbs/05_contraction.ipynb #ca1a43f2
 class _Call(nn.Module):
     "loss(model, batch) as a module"
     def __init__(self, model, loss): super().__init__(); self.model, self.loss = model, loss
@@ -191,7 +191,7 @@ def plain_kernels(model):
         with sdpa_kernel(SDPBackend.MATH): yield
     finally: mha.set_fastpath_enabled(fast); mkldnn.enabled = dnn
 
-# %% ../nbs/05_contraction.ipynb #a7f0c21d
+# %% ../nbs/05_contraction.ipynb #e43240e8
 def _refuse_embedding(model):
     for name, m in model.named_modules():
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and (m.max_norm is not None or m.scale_grad_by_freq):
@@ -199,7 +199,7 @@ def _refuse_embedding(model):
             raise ValueError(f"Embedding '{name}' uses {option}, with which its gradient is not the derivative of the loss. "
                              "Switch that option off.")
 
-# %% ../nbs/05_contraction.ipynb #94071070
+# %% ../nbs/05_contraction.ipynb #a7e423aa
 def _disagree(parts,  # {key: [T, B]} scores of a parameter (or component), summed over its rows
               want,   # {key: [T]} its gradient against psi
               norms,  # {key: [T]} norm of psi
@@ -214,7 +214,7 @@ def _disagree(parts,  # {key: [T, B]} scores of a parameter (or component), summ
     bad, strange = bad.any(1).tolist(), strange.tolist()
     return [k for k, o in zip(parts, bad) if o], strange
 
-# %% ../nbs/05_contraction.ipynb #b9a444ec
+# %% ../nbs/05_contraction.ipynb #e9d63da8
 BUDGET = 2**30  # bytes of activations of one pass, and of materialised gradients
 ENGINES = ("auto", "ghost", "jvp", "materialise", "loop")
 
@@ -310,7 +310,7 @@ class Contraction:
         raise ValueError(f"The {what} is not finite for samples {ids[torch.as_tensor(mask).cpu()][:10].tolist()}. "
                          "Check the data, or the training run at this step.")
 
-# %% ../nbs/05_contraction.ipynb #d66b4f92
+# %% ../nbs/05_contraction.ipynb #7c23497d
 @patch
 def _reverse(self: Contraction, ids, weights, psi, ghost):
     "One forward and backward pass of Σ_k w_k ℓ_k: ghost scores and the gradient"
@@ -341,7 +341,7 @@ def _reverse(self: Contraction, ids, weights, psi, ghost):
     used = {n for n, g in zip(psi, grads) if g is not None}
     return scores, parts, missed, {n: dense(g, n).double() for n, g in zip(psi, grads)}, used
 
-# %% ../nbs/05_contraction.ipynb #42f809de
+# %% ../nbs/05_contraction.ipynb #687dacf5
 @patch
 def _forward(self: Contraction, theta, batch):
     "Losses [B] as a function of some parameters {name: tensor}"
@@ -372,7 +372,7 @@ def _jvp(self: Contraction, ids, weights, psi, names):
                 scores[t, c] = weights * jvp(lambda o: self._forward(o, batch), (theta,), (tangent,))[1]
     return scores, {c: scores[:, c] for c in self._present(names)}
 
-# %% ../nbs/05_contraction.ipynb #ca056692
+# %% ../nbs/05_contraction.ipynb #7e6acd29
 @patch
 def _sample_gradients(self: Contraction, ids, theta):
     "{name: [B, *shape]} by vmap over the leaves of the batch that have the batch axis"
@@ -413,7 +413,7 @@ def _loop(self: Contraction, ids, weights, psi, names):
         return {n: (torch.zeros_like(self.params[n]) if g is None else g.to_dense())[None] for n, g in zip(names, out)}
     return self._products(ids, weights, psi, names, gradients, 1)
 
-# %% ../nbs/05_contraction.ipynb #0dba343d
+# %% ../nbs/05_contraction.ipynb #8a4fa32c
 @patch
 def _zeros(self: Contraction, T, B): return self.like.new_zeros(T, len(self.comps), B, dtype=torch.float64)
 
@@ -469,7 +469,7 @@ def _give_up(self: Contraction, engine, names, e):
         warnings.warn(f"{why}; it is not used any more.", stacklevel=2)
     else: self._move(names, "materialise" if engine == "jvp" else "loop", why)
 
-# %% ../nbs/05_contraction.ipynb #dfaf80e8
+# %% ../nbs/05_contraction.ipynb #70a4a723
 @patch
 def _failed(self: Contraction, ids, psi, gradient, parts):
     "(names, next engine, why) of the parameters that fail the check; raises for samples that are not finite"
@@ -494,7 +494,7 @@ def _failed(self: Contraction, ids, psi, gradient, parts):
     warnings.warn(f"{', '.join(again)}: scores and gradient differ by more than rounding usually does. "
                   "Use float64 to see whether it matters.", stacklevel=2)
 
-# %% ../nbs/05_contraction.ipynb #ab376de8
+# %% ../nbs/05_contraction.ipynb #a84f5a10
 @patch
 def check(self: Contraction,
           ids: Tensor,  # samples that will be asked for; three of them are tried

@@ -7,14 +7,14 @@ __all__ = ['Frozen', 'get_theta', 'set_theta', 'gradient_rows', 'sample_gradient
            'reference_step', 'reference_run', 'stream_displacements', 'Reference', 'reference_table',
            'reference_kernel']
 
-# %% ../nbs/01_derivation.ipynb #fc91aebe
+# %% ../nbs/01_derivation.ipynb #cc413f37
 from collections import namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_derivation.ipynb #8849af22
+# %% ../nbs/01_derivation.ipynb #03e8b168
 def get_theta(model) -> dict[str, Tensor]:
     "A copy of all parameters: `{name: tensor}`."
     return {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -39,7 +39,7 @@ def sample_gradients(model, loss, data,
     "Gradient of each sample's own loss, from its own forward and backward pass: `{name: [B, *shape]}`."
     return gradient_rows(model, [loss(model, data[k[None]])[0] for k in ids])
 
-# %% ../nbs/01_derivation.ipynb #e9b80a7e
+# %% ../nbs/01_derivation.ipynb #448aa511
 def path_gradient(model, target,
                   theta: dict,       # start of the segment
                   theta_next: dict,  # its end; the model is left here
@@ -58,7 +58,7 @@ def target_at(model, target, theta: dict) -> Tensor:
     set_theta(model, theta)
     with torch.no_grad(): return target(model).reshape(-1).clone()
 
-# %% ../nbs/01_derivation.ipynb #abf4490d
+# %% ../nbs/01_derivation.ipynb #5de61241
 Frozen = namedtuple("Frozen", "keep enter out skip")   # the coefficients A, B, C, D of one tensor at one step
 
 def _frozen_sgd(group, state, new_buffer):
@@ -83,7 +83,7 @@ def advance(coef: Frozen,
     buffer = coef.keep*buffer + coef.enter*g
     return -(coef.out*buffer + coef.skip*g), buffer
 
-# %% ../nbs/01_derivation.ipynb #cc44bb8c
+# %% ../nbs/01_derivation.ipynb #31288d52
 def _reader(optimizer):
     "The function that reads this optimizer's frozen coefficients."
     if type(optimizer) in _frozen: return _frozen[type(optimizer)]
@@ -139,7 +139,7 @@ def reference_run(model, optimizer, data, batches, loss,
         run.thetas.append(get_theta(model))
     return run
 
-# %% ../nbs/01_derivation.ipynb #0519e8d8
+# %% ../nbs/01_derivation.ipynb #898e698d
 def _inputs(run, s, name, rows):
     "What enters each stream of tensor `name` at step `s`: [R, *shape], zero but for the rows of that step."
     step, N = run.steps[s], len(run.steps)
@@ -172,7 +172,7 @@ def stream_displacements(run):
             _check_rows(run, s, n, moved[n])
         yield moved
 
-# %% ../nbs/01_derivation.ipynb #500d58c1
+# %% ../nbs/01_derivation.ipynb #fcd085c8
 @dataclass
 class Reference:
     "What the slow reference found, float64: S steps, C parameter tensors, M samples, T targets; + raised the target."

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'FILE_BYTES', 'FLUSH_SECONDS', 'checksum', 'read_index', 'Chunk', 'Store', 'History', 'linear_deviation',
            'largest', 'limits', 'factor', 'warn_tf32', 'check_modules', 'Recorder', 'Indexed']
 
-# %% ../nbs/03_history.ipynb #18833ab9
+# %% ../nbs/03_history.ipynb #c417f2a1
 import json, math, os, queue, shutil, threading, time, warnings, zlib
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from fastcore.basics import patch
 from .optimizers import linear_step_class, kind_of, step_class_of
 
-# %% ../nbs/03_history.ipynb #91127187
+# %% ../nbs/03_history.ipynb #ac898a2c
 FORMAT = "explaind_nb history 1"
 FILE_BYTES = 16 << 20    # a data file is written once it holds this much,
 FLUSH_SECONDS = 10.      # or once its oldest step has waited this long
@@ -44,7 +44,7 @@ def checksum(tensors) -> int:
     for t in tensors: crc = zlib.crc32(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
     return crc
 
-# %% ../nbs/03_history.ipynb #cb1f33b7
+# %% ../nbs/03_history.ipynb #0d587fb1
 def _damaged(file, error):
     return RuntimeError(f"{file} is missing or damaged ({error}). Restore the file from a copy, or record again.")
 
@@ -61,7 +61,7 @@ def read_index(file) -> tuple:   # the lines, and how many bytes they take
         good += len(row)
     return lines, good
 
-# %% ../nbs/03_history.ipynb #9cfa70cd
+# %% ../nbs/03_history.ipynb #22fe867a
 class Chunk:
     "Consecutive steps on their way to one file: `tensors[key][row]`."
     def __init__(self,
@@ -95,7 +95,7 @@ def _checksums(tensors, ids, weights):
     theta, rest = ([tensors[k] for k in sorted(tensors) if k.startswith("theta/") is own] for own in (True, False))
     return [checksum(theta), checksum(rest + [ids, weights])]
 
-# %% ../nbs/03_history.ipynb #dd2f0807
+# %% ../nbs/03_history.ipynb #97bff476
 class Store:
     "Appends steps to a directory, in order, from a background thread."
     def __init__(self, path):
@@ -161,7 +161,7 @@ def _lock(file):
         raise RuntimeError(f"{Path(file.name).parent} is being recorded to by another Recorder. "
                            "Wait for it, or take a new directory.") from None
 
-# %% ../nbs/03_history.ipynb #0ef004de
+# %% ../nbs/03_history.ipynb #5e99e935
 class _File:
     "One data file, mapped into memory."
     def __init__(self, path):
@@ -264,7 +264,7 @@ class History:
         "Learning rate of the first parameter group in step `s`."
         return self.record(s)["groups"][0]["hyper"]["lr"]
 
-# %% ../nbs/03_history.ipynb #40e33683
+# %% ../nbs/03_history.ipynb #49a1d7cb
 def _same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
 
 def _buffers(model): return {f"buffer/{n}": b.detach() for n, b in model.named_buffers()}
@@ -304,7 +304,7 @@ def find(self:History, model: nn.Module):
         line = self.record(s - 1)
         if crc(*sorted(k for k in self._open(line["file"]).keys if k in params)) == line["crc32"][0]: return s
 
-# %% ../nbs/03_history.ipynb #be10bac6
+# %% ../nbs/03_history.ipynb #91c028ab
 def _as_list(optimizer): return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
 
 def _counter(n, p, group):
@@ -351,7 +351,7 @@ def restore(self:History,
         if n in state:
             o.state[p] = {k: _counter(v, p, group) if k == "step" else v.to(p.device) for k, v in state[n].items()}
 
-# %% ../nbs/03_history.ipynb #fc8fb7e6
+# %% ../nbs/03_history.ipynb #3201206e
 def linear_deviation(step,            # LinearStep
                      g,               # gradient, as in `p.grad`
                      prev,            # linear state before the step, None if there was none
@@ -374,7 +374,7 @@ def limits(delta, state, theta, # largest magnitudes, floats
     "What rounding may do to a displacement and to a state."
     return 4*eps*theta + 1e-5*delta, 1e-5*state
 
-# %% ../nbs/03_history.ipynb #9d040b99
+# %% ../nbs/03_history.ipynb #35dc6ed6
 def factor(a: Tensor,   # gradient as accumulated
            b: Tensor,   # gradient as used
           ):            # float or None
@@ -384,7 +384,7 @@ def factor(a: Tensor,   # gradient as accumulated
     c = (a * b).sum() / n if n > 0 else n
     return c.item() if ((b - c*a).abs() <= 8*info.eps*(c*a).abs() + info.tiny).all() else None
 
-# %% ../nbs/03_history.ipynb #472cef82
+# %% ../nbs/03_history.ipynb #4e1f2519
 _coupling, _running = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
 def _random(m):
@@ -410,7 +410,7 @@ def check_modules(modules):
     for name, m in modules:
         if (why := _unfit(m)): raise ValueError(f"Module {name!r} ({type(m).__name__}) {why}.")
 
-# %% ../nbs/03_history.ipynb #b513fbf7
+# %% ../nbs/03_history.ipynb #fa30c7f7
 def _checked_batch(ids, weight):
     "Ids as int64 [B] and weights as float64 [B] on the CPU."
     ids = torch.as_tensor(ids).detach()
@@ -460,7 +460,7 @@ class Recorder:
         "What recording has taken so far: steps, seconds in the training loop, bytes on disk."
         return dict(steps=self.step, seconds=self.seconds, bytes=self.store.bytes)
 
-# %% ../nbs/03_history.ipynb #fc97a2a8
+# %% ../nbs/03_history.ipynb #81c97451
 def _clean(path):
     "Make `path` a directory without leftovers of killed writes; refuse one that holds something else."
     path.mkdir(parents=True, exist_ok=True)
@@ -544,7 +544,7 @@ def _keys(cls, o, group):
     kept = next((o.state[p] for p in group["params"] if o.state.get(p)), {})
     return list(dict.fromkeys([*cls.state_keys(group), *(k for k, v in kept.items() if isinstance(v, Tensor))]))
 
-# %% ../nbs/03_history.ipynb #3500dcf0
+# %% ../nbs/03_history.ipynb #9cc7c204
 @patch
 def _meta(self:Recorder) -> dict:
     "What holds for the whole run."
@@ -605,7 +605,7 @@ def _state(self:History, s):
     state = self.optimizer_state(s)
     return {f"{k}/{n}": torch.as_tensor(v).double() for n, o in state.items() for k, v in o.items()}
 
-# %% ../nbs/03_history.ipynb #ac1e5349
+# %% ../nbs/03_history.ipynb #a36f291a
 @patch
 def _refuse(self:Recorder, what, remedy): raise RuntimeError(f"Step {self.step}: {what}. {remedy}.")
 
@@ -665,7 +665,7 @@ def _accumulated(self:Recorder, i):
     self.arrived.add(i)
     self.late |= bool(self.done)
 
-# %% ../nbs/03_history.ipynb #5707154e
+# %% ../nbs/03_history.ipynb #cfd3c797
 @patch
 @_timed
 def _before_step(self:Recorder, k):
@@ -721,7 +721,7 @@ def _constant_changed(kind, name):
                                 "Put it into a group of an optimizer given to the Recorder, or leave it alone")
     return f"buffer {name!r} changed", "Keep buffers fixed (eval() mode?): only what parameters do is explained"
 
-# %% ../nbs/03_history.ipynb #64e5b925
+# %% ../nbs/03_history.ipynb #94bee6fd
 @patch
 @_timed
 @torch.no_grad()
@@ -851,7 +851,7 @@ def __exit__(self:Recorder, kind, *_):
         self._skip()
         self.store.close([dict(skipped=self.skipped)] if self.skipped else [])
 
-# %% ../nbs/03_history.ipynb #f652ff2e
+# %% ../nbs/03_history.ipynb #71823768
 class Indexed(torch.utils.data.Dataset):
     "A dataset whose items begin with their index: `(i, *item)`."
     def __init__(self, dataset): self.dataset = dataset

@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'PARTS', 'Layout', 'Probe', 'Move', 'Streams', 'Kept', 'Query', 'Samples', 'explain', 'total', 'save', 'load',
            'reconstruct', 'Forward']
 
-# %% ../nbs/06_kernel.ipynb #0bb9901a
+# %% ../nbs/06_kernel.ipynb #bcba4aa1
 import copy, os, time, warnings
 from pathlib import Path
 import numpy as np
@@ -18,7 +18,7 @@ from .history import History, check_modules, warn_tf32
 from .quadrature import line_integral, first_guess, complete as spread
 from .contraction import Contraction, components, plain_kernels
 
-# %% ../nbs/06_kernel.ipynb #f77e8754
+# %% ../nbs/06_kernel.ipynb #46b518d7
 class Layout:
     "Names, shapes and places of the parameters in one flat vector of length D."
     def __init__(self,
@@ -41,7 +41,7 @@ class Layout:
 
 def _only(tensors, names): return {k: tensors[k] for k in names}
 
-# %% ../nbs/06_kernel.ipynb #e471d132
+# %% ../nbs/06_kernel.ipynb #213f4f92
 class Probe:
     "A private copy of the model, movable along the path, with the target's values and gradients."
     def __init__(self, model, target, layout, device, dtype, summed):
@@ -85,7 +85,7 @@ def _vjps(out, params, chunk=32):
     for rows in torch.eye(len(out), dtype=out.dtype, device=out.device).split(chunk):
         yield rows, torch.autograd.grad(out, params, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
 
-# %% ../nbs/06_kernel.ipynb #62722daa
+# %% ../nbs/06_kernel.ipynb #366d91e3
 class Move:
     "One recorded step as flat vectors: `theta`, `delta`, the linear steps and the recorded gradient."
     def __init__(self, history, s, layout, after=None):
@@ -118,7 +118,7 @@ class Move:
             if c is not None: back[..., self.layout.place[k]] = c.reshape(len(c), -1)
         return psi, back
 
-# %% ../nbs/06_kernel.ipynb #651aaaa1
+# %% ../nbs/06_kernel.ipynb #e8e8971c
 class Streams:
     "Forward streams through the frozen optimizer: how much of each displacement is weight decay's, and the warm state's."
     def __init__(self): self.decay, self.initial = {}, None
@@ -134,7 +134,7 @@ class Streams:
             if self.initial.get(k) is not None: initial[k], self.initial[k] = st.forward(self.initial[k], zero)
         return move.layout.flat(decay), move.layout.flat(initial)
 
-# %% ../nbs/06_kernel.ipynb #fdf2ff84
+# %% ../nbs/06_kernel.ipynb #71242f5d
 def _window(steps, n):
     "First step, end, and the window edges of the step axis."
     if n == 0: raise ValueError("No steps are recorded yet: they are written when the `with Recorder(...)` block ends.")
@@ -145,7 +145,7 @@ def _window(steps, n):
     a, b, width = r.start, r.stop, r.step
     return a, b, width
 
-# %% ../nbs/06_kernel.ipynb #4b5f76be
+# %% ../nbs/06_kernel.ipynb #52715b95
 AXES = ("target", "step", "component", "sample")
 
 class Kept:
@@ -164,7 +164,7 @@ class Kept:
     def array(self):
         return self.keep, self.x.squeeze(tuple(i for i, a in enumerate(AXES) if a not in self.keep)).numpy()
 
-# %% ../nbs/06_kernel.ipynb #43706693
+# %% ../nbs/06_kernel.ipynb #67b3fd85
 def _check_arguments(model, keep, rule, nodes, tol, dtype):
     if isinstance(keep, str) or not isinstance(keep, (tuple, list, set)): raise TypeError(f"keep is a tuple of axes, like ('sample',), not {keep!r}.")
     if bad := set(keep) - set(AXES): raise ValueError(f"Unknown axes {sorted(bad)}: keep takes some of {AXES}.")
@@ -246,7 +246,7 @@ def _component_of(layout, comps):
         out[place] = index if isinstance(index, int) else torch.as_tensor(index).repeat_interleave(size // len(index))
     return out
 
-# %% ../nbs/06_kernel.ipynb #34b2d9fb
+# %% ../nbs/06_kernel.ipynb #b43ecec3
 def _mismatch(recorded, revisited):
     "Relative distance of two gradients, and the factor that would fit best."
     size = recorded.norm()
@@ -266,7 +266,7 @@ def _check_gradient(s, recorded, revisited, scale, tol=1e-2):
            "data[ids] must give what the loop saw, an explicit regularizer must be passed as penalty=, and a loop under autocast needs it inside the loss")
     raise ValueError(f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}.")
 
-# %% ../nbs/06_kernel.ipynb #1e39e9ac
+# %% ../nbs/06_kernel.ipynb #9f2bffae
 class Samples:
     "Revisits training batches: contracts `psi` with the gradients of single samples."
     def __init__(self, query, loss, data, engine, samples, penalty):
@@ -324,7 +324,7 @@ def _groups(samples, ids):
     except TypeError: raise TypeError("samples= needs a label (a string or a number) for every sample.") from None
     return labels, torch.as_tensor(group)
 
-# %% ../nbs/06_kernel.ipynb #6a5a77bb
+# %% ../nbs/06_kernel.ipynb #8319a385
 def _sweep(q, samples, out, by_update, complete, bar):
     "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline, prediction and the largest gradient mismatch."
     f_end = after_f = q.probe.values(q.theta(q.stop))
@@ -370,7 +370,7 @@ def _drop_dead(live, peak, key, eps=2.**-53):
     for k, c in live.items(): peak[k] = max(peak.get(k, 0.), c.abs().max().item())
     return {k: c for k, c in live.items() if k == key or c.abs().max().item() > eps * peak[k]}
 
-# %% ../nbs/06_kernel.ipynb #2378124d
+# %% ../nbs/06_kernel.ipynb #b6bc2faf
 def _march(q, out, complete, bar):
     "Walk the steps forwards for component x update step; fill `out`. Returns baseline and prediction."
     f_start = before_f = q.probe.values(q.theta(q.start))
@@ -389,12 +389,12 @@ def _march(q, out, complete, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #0c07a565
+# %% ../nbs/06_kernel.ipynb #a35a0e9f
 PARTS = ("data", "decay", "penalty", "initial", "residual")   # these and the baseline add up to the prediction
 
 def explain(path,                   # directory of a recorded run, or an open `History`
             model: nn.Module,       # the network that was trained (any weights: they are loaded from the recording; not modified)
-            data,                   # anything with `data[ids] -> batch`; only read if "sample" is kept
+            data,                   # anything with `data[ids] -> batch`, or a map-style data set; only read if "sample" is kept
             loss,                   # `loss(model, batch) -> [B]`: the training loss of each sample
             target,                 # `target(model) -> [T]`: what to explain
             keep: tuple = AXES,     # axes to keep out of "target", "step", "component", "sample"; the others are summed on the fly
@@ -473,7 +473,7 @@ def _versions(q):
     return dict(explaind_nb=__version__, torch=str(torch.__version__), device=str(q.device), dtype=str(q.dtype).removeprefix("torch."),
                 start=q.start, stop=q.stop, path=str(q.history.path))
 
-# %% ../nbs/06_kernel.ipynb #c346ef7c
+# %% ../nbs/06_kernel.ipynb #46fe5ce0
 def _dataset(q, out, ends, seen):
     f_start, f_end, worst = ends
     ds = xr.Dataset({k: v.array() for k, v in out.items()})
@@ -509,7 +509,7 @@ def load(path) -> xr.Dataset:
     "Read what `save` wrote."
     return xr.load_dataset(path, engine="h5netcdf")
 
-# %% ../nbs/06_kernel.ipynb #81500e97
+# %% ../nbs/06_kernel.ipynb #195e6256
 def reconstruct(path,                    # directory of a recorded run, or an open `History`
                 model: nn.Module,        # the network that was trained
                 fn,                      # `fn(model) -> Tensor` of any shape: all outputs at once
@@ -530,7 +530,7 @@ def reconstruct(path,                    # directory of a recorded run, or an op
     q.scale = ((last - first).abs().mean() / (q.stop - q.start)).item()
     streams, C, warm = Streams(), len(q.comps.labels), bool(q.move(q.start).state)
     if progress:
-        node = _timed(lambda: f.jvps(q.theta(q.start), q.theta(q.start).expand(2 * C, -1)))
+        node = min(_timed(lambda: f.jvps(q.theta(q.start), q.theta(q.start).expand(2 * C, -1))) for _ in range(2))      # the first one warms up
         tqdm.write(f"reconstruct: {q.stop - q.start} steps x (at least {q.nodes} node(s) of {node:.3f} s), about {(q.stop - q.start) * q.nodes * node:.0f} s or more; "
                    f"{last.numel()} outputs")
     for s in tqdm(range(q.start, q.stop), desc="reconstruct", disable=not progress):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Pairs', 'modular_pairs', 'ModularTransformer', 'nll', 'accuracy', 'make_optimizer', 'fit']
 
-# %% ../nbs/08_modular.ipynb #53ae5c34
+# %% ../nbs/08_modular.ipynb #b8e430d8
 import math
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-# %% ../nbs/08_modular.ipynb #4458e1d1
+# %% ../nbs/08_modular.ipynb #ec332314
 class Pairs:
     "Modular-addition samples: `pairs[ids]` gives `(tokens [B, 4], classes [B])`."
     def __init__(self,
@@ -38,7 +38,7 @@ def modular_pairs(p: int = 113,    # modulus
     classes = (a + b) % p
     return Pairs(tokens[train], classes[train]), Pairs(tokens[val], classes[val])
 
-# %% ../nbs/08_modular.ipynb #9b42b04d
+# %% ../nbs/08_modular.ipynb #07fe2437
 class ModularTransformer(nn.Module):
     "One-layer transformer for `a + b =`: tokens [B, 4] to log-probabilities [B, p + 2]."
     def __init__(self,
@@ -74,7 +74,7 @@ def accuracy(model, pairs: Pairs) -> float:
     "Share of pairs whose most probable class is the right one."
     with torch.no_grad(): return (model(pairs.tokens).argmax(-1) == pairs.classes).double().mean().item()
 
-# %% ../nbs/08_modular.ipynb #309ca581
+# %% ../nbs/08_modular.ipynb #d461ffe9
 def make_optimizer(model, lr=1e-3, weight_decay=4., betas=(0.9, 0.98)):
     "The paper's AdamW."
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=betas)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'RAISED', 'LOWERED', 'Text', 'account', 'waterfall', 'heatmap', 'top_samples', 'trajectory']
 
-# %% ../nbs/07_plots.ipynb #3f2f9d56
+# %% ../nbs/07_plots.ipynb #d643a270
 from html import escape
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,12 +13,12 @@ import xarray as xr
 from matplotlib.colors import Normalize, SymLogNorm
 from .kernel import PARTS, total
 
-# %% ../nbs/07_plots.ipynb #16b37cea
+# %% ../nbs/07_plots.ipynb #58ef6bb9
 COLORS = dict(baseline="#8a9199", data="#0072b2", decay="#e69f00", penalty="#009e73", initial="#cc79a7",
               residual="#d55e00", prediction="#2b2f33")     # Okabe-Ito, readable with any colour vision
 RAISED, LOWERED = "#b2182b", "#2166ac"                      # the ends of the colour map RdBu, for signs
 
-# %% ../nbs/07_plots.ipynb #56c0951f
+# %% ../nbs/07_plots.ipynb #c0bff2b1
 def _pick(result, target):
     "The result of one target. Raises `ValueError` if it is not clear which."
     axes = [d for d in ("target", *sorted(d for d in result.dims if d.startswith("output"))) if d in result.dims]
@@ -64,7 +64,7 @@ def _axes(ax, width, height):
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/07_plots.ipynb #90e26a75
+# %% ../nbs/07_plots.ipynb #5862f1ad
 class Text(str):
     "A string that a notebook shows as it is printed."
     def __repr__(self): return str(self)
@@ -86,7 +86,7 @@ def account(result: xr.Dataset, # what `explain` or `reconstruct` returned
     closing = f"closing error {abs(gap) / max(1e-300, *map(abs, t.values())):.1g} of the largest term"
     return Text("\n".join([f"{'':<12}{'value':>14}{'of the change':>16}", *lines, "; ".join([*nodes, closing])]))
 
-# %% ../nbs/07_plots.ipynb #335f3762
+# %% ../nbs/07_plots.ipynb #a4fc6076
 def waterfall(result: xr.Dataset, # what `explain` or `reconstruct` returned
               target=None,        # which one, if there are several: its label, or `(target, output)`
               ax=None,            # Axes to draw into
@@ -115,7 +115,7 @@ def waterfall(result: xr.Dataset, # what `explain` or `reconstruct` returned
     _title(ax, f"change {change:+.4g}" + (f", of which residual {_percent(t['residual'], change)}" if change else ""))
     return ax
 
-# %% ../nbs/07_plots.ipynb #7a3aeb62
+# %% ../nbs/07_plots.ipynb #5843a247
 def _bins(result, most):
     "First step of each of at most `most` bins, their places on the step axis, and the edges of the drawing."
     steps = result["step"].values
@@ -162,7 +162,7 @@ def heatmap(result: xr.Dataset,  # what `explain` or `reconstruct` returned, wit
     _title(ax, f"{part}: sum {x.sum():+.4g}")
     return ax
 
-# %% ../nbs/07_plots.ipynb #e7d913c7
+# %% ../nbs/07_plots.ipynb #96c141d1
 def _extremes(x, k):
     "Places of the k largest positive entries, largest first, then of the k most negative ones, most negative last."
     order = np.argsort(-x, kind="stable")
@@ -204,7 +204,7 @@ def _concentration(x, at):
     return (f"{len(at)} of {len(x)} samples hold {held:+.4g} of the sum {whole:+.4g} ({_percent(held, whole)})\n"
             f"cancellation Σ|·| / |Σ·| = {np.abs(x).sum() / abs(whole):.3g}")
 
-# %% ../nbs/07_plots.ipynb #d08d2d61
+# %% ../nbs/07_plots.ipynb #e2da3e4c
 def _curve(result, part):
     "A part accumulated over the steps, [S + 1], from 0. A part that has no step axis was there from the beginning."
     if "step" not in result[part].dims: return np.full(result.sizes["step"] + 1, float(result[part].sum()))
