@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'PARTS', 'Layout', 'Probe', 'Move', 'Streams', 'Kept', 'Query', 'Samples', 'explain', 'total', 'save', 'load',
            'reconstruct', 'Forward']
 
-# %% ../nbs/06_kernel.ipynb #bcba4aa1
+# %% ../nbs/06_kernel.ipynb #50dc1d6c
 import copy, os, time, warnings
 from pathlib import Path
 import numpy as np
@@ -18,7 +18,7 @@ from .history import History, check_modules, warn_tf32
 from .quadrature import line_integral, first_guess, complete as spread
 from .contraction import Contraction, components, plain_kernels
 
-# %% ../nbs/06_kernel.ipynb #46b518d7
+# %% ../nbs/06_kernel.ipynb #70e54777
 class Layout:
     "Names, shapes and places of the parameters in one flat vector of length D."
     def __init__(self,
@@ -41,7 +41,7 @@ class Layout:
 
 def _only(tensors, names): return {k: tensors[k] for k in names}
 
-# %% ../nbs/06_kernel.ipynb #213f4f92
+# %% ../nbs/06_kernel.ipynb #e5f695f7
 class Probe:
     "A private copy of the model, movable along the path, with the target's values and gradients."
     def __init__(self, model, target, layout, device, dtype, summed):
@@ -85,7 +85,7 @@ def _vjps(out, params, chunk=32):
     for rows in torch.eye(len(out), dtype=out.dtype, device=out.device).split(chunk):
         yield rows, torch.autograd.grad(out, params, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
 
-# %% ../nbs/06_kernel.ipynb #366d91e3
+# %% ../nbs/06_kernel.ipynb #243fb64a
 class Move:
     "One recorded step as flat vectors: `theta`, `delta`, the linear steps and the recorded gradient."
     def __init__(self, history, s, layout, after=None):
@@ -118,7 +118,7 @@ class Move:
             if c is not None: back[..., self.layout.place[k]] = c.reshape(len(c), -1)
         return psi, back
 
-# %% ../nbs/06_kernel.ipynb #e8e8971c
+# %% ../nbs/06_kernel.ipynb #c3b20847
 class Streams:
     "Forward streams through the frozen optimizer: how much of each displacement is weight decay's, and the warm state's."
     def __init__(self): self.decay, self.initial = {}, None
@@ -134,7 +134,7 @@ class Streams:
             if self.initial.get(k) is not None: initial[k], self.initial[k] = st.forward(self.initial[k], zero)
         return move.layout.flat(decay), move.layout.flat(initial)
 
-# %% ../nbs/06_kernel.ipynb #71242f5d
+# %% ../nbs/06_kernel.ipynb #becf55a9
 def _window(steps, n):
     "First step, end, and the window edges of the step axis."
     if n == 0: raise ValueError("No steps are recorded yet: they are written when the `with Recorder(...)` block ends.")
@@ -145,7 +145,7 @@ def _window(steps, n):
     a, b, width = r.start, r.stop, r.step
     return a, b, width
 
-# %% ../nbs/06_kernel.ipynb #52715b95
+# %% ../nbs/06_kernel.ipynb #27b2b734
 AXES = ("target", "step", "component", "sample")
 
 class Kept:
@@ -164,7 +164,7 @@ class Kept:
     def array(self):
         return self.keep, self.x.squeeze(tuple(i for i, a in enumerate(AXES) if a not in self.keep)).numpy()
 
-# %% ../nbs/06_kernel.ipynb #67b3fd85
+# %% ../nbs/06_kernel.ipynb #72a0b333
 def _check_arguments(model, keep, rule, nodes, tol, dtype):
     if isinstance(keep, str) or not isinstance(keep, (tuple, list, set)): raise TypeError(f"keep is a tuple of axes, like ('sample',), not {keep!r}.")
     if bad := set(keep) - set(AXES): raise ValueError(f"Unknown axes {sorted(bad)}: keep takes some of {AXES}.")
@@ -175,7 +175,7 @@ def _check_arguments(model, keep, rule, nodes, tol, dtype):
 
 class Query:
     "The parts of a sweep: history, probe, components, and how to integrate, transpose and contract one step."
-    def __init__(self, history, model, target, *, keep, rule, nodes, tol, component, steps, device, dtype):
+    def __init__(self, history, model, target, *, keep, rule, nodes, tol, component, steps, device, dtype, complete=False):
         self.history = history if isinstance(history, History) else History(history)
         if not isinstance(model, nn.Module): raise TypeError(f"model is the nn.Module that was trained, not {type(model).__name__}.")
         if torch.is_inference_mode_enabled(): raise RuntimeError("Gradients are needed: call explain and reconstruct outside of torch.inference_mode().")
@@ -193,9 +193,14 @@ class Query:
         spec = component if "component" in keep else (lambda name, shape: "all")
         self.comps = components({k: v for k, v in self.layout.shapes.items()}, spec)
         self.place = _component_of(self.layout, self.comps).to(self.device)
-        self.scale, self.ratio, self.spent = 0., 1., {}
+        self.scale, self.ratio, self.spent, self.complete = 0., 1., {}, complete
     def theta(self, s): return self.layout.flat(_only(self.history.theta(s), self.layout.shapes))
     def move(self, s, after=None): return Move(self.history, s, self.layout, after)
+    def ends(self, values):
+        "Values at both ends of the window; their distance sets the scale of the tolerance."
+        first, last = values(self.theta(self.start)), values(self.theta(self.stop))
+        self.scale = ((last - first).abs().mean() / (self.stop - self.start)).item()
+        return first, last
     def window(self, s): return (s - self.start) // self.width
     @property
     def starts(self): return list(range(self.start, self.stop, self.width))
@@ -224,8 +229,9 @@ class Query:
         self.spent[move.s] = self.n
         return value, change - along(value)
     def phi(self, move, change):
-        "Integrated gradients [T, D] and the quadrature residual [T]."
-        return self.integrate(move, change, lambda t: self.probe.grads(move.theta + t * move.delta), lambda v: v @ move.delta)
+        "Integrated gradients [T, D] and the quadrature residual [T], which completion spreads over the gradients."
+        phi, residual = self.integrate(move, change, lambda t: self.probe.grads(move.theta + t * move.delta), lambda v: v @ move.delta)
+        return (spread(phi, move.delta, residual), torch.zeros_like(residual)) if self.complete else (phi, residual)
 
 def _owned(history, start, stop):
     "Names of the parameters that an optimizer owned during these steps."
@@ -246,7 +252,7 @@ def _component_of(layout, comps):
         out[place] = index if isinstance(index, int) else torch.as_tensor(index).repeat_interleave(size // len(index))
     return out
 
-# %% ../nbs/06_kernel.ipynb #b43ecec3
+# %% ../nbs/06_kernel.ipynb #d3656e86
 def _mismatch(recorded, revisited):
     "Relative distance of two gradients, and the factor that would fit best."
     size = recorded.norm()
@@ -266,7 +272,7 @@ def _check_gradient(s, recorded, revisited, scale, tol=1e-2):
            "data[ids] must give what the loop saw, an explicit regularizer must be passed as penalty=, and a loop under autocast needs it inside the loss")
     raise ValueError(f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}.")
 
-# %% ../nbs/06_kernel.ipynb #9f2bffae
+# %% ../nbs/06_kernel.ipynb #93549763
 class Samples:
     "Revisits training batches: contracts `psi` with the gradients of single samples."
     def __init__(self, query, loss, data, engine, samples, penalty):
@@ -324,19 +330,16 @@ def _groups(samples, ids):
     except TypeError: raise TypeError("samples= needs a label (a string or a number) for every sample.") from None
     return labels, torch.as_tensor(group)
 
-# %% ../nbs/06_kernel.ipynb #8319a385
-def _sweep(q, samples, out, by_update, complete, bar):
+# %% ../nbs/06_kernel.ipynb #93d6fb1d
+def _sweep(q, samples, out, by_update, bar):
     "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline, prediction and the largest gradient mismatch."
-    f_end = after_f = q.probe.values(q.theta(q.stop))
-    f_start = q.probe.values(q.theta(q.start))
-    q.scale = ((f_end - f_start).abs().mean() / (q.stop - q.start)).item()
+    f_start, f_end = q.ends(q.probe.values)
+    after_f = f_end
     live, peak, after, worst, off = {}, {}, q.theta(q.stop), 0., 0.  # window -> carry [T, D]
     for s in reversed(range(q.start, q.stop)):
         move, w = q.move(s, after), q.window(s)
         before_f = q.probe.values(move.theta) if s > q.start else f_start
         phi, quadrature = q.phi(move, after_f - before_f)
-        if complete:
-            phi, quadrature = spread(phi, move.delta, quadrature), torch.zeros_like(quadrature)
         key = w if by_update else 0
         live.setdefault(key, torch.zeros_like(phi)); keys = list(live)
         phis = torch.cat([phi if k == key else torch.zeros_like(phi) for k in keys])
@@ -370,17 +373,15 @@ def _drop_dead(live, peak, key, eps=2.**-53):
     for k, c in live.items(): peak[k] = max(peak.get(k, 0.), c.abs().max().item())
     return {k: c for k, c in live.items() if k == key or c.abs().max().item() > eps * peak[k]}
 
-# %% ../nbs/06_kernel.ipynb #b6bc2faf
-def _march(q, out, complete, bar):
+# %% ../nbs/06_kernel.ipynb #42cda79a
+def _march(q, out, bar):
     "Walk the steps forwards for component x update step; fill `out`. Returns baseline and prediction."
-    f_start = before_f = q.probe.values(q.theta(q.start))
-    f_end, streams = q.probe.values(q.theta(q.stop)), Streams()
-    q.scale = ((f_end - f_start).abs().mean() / (q.stop - q.start)).item()
+    f_start, f_end = q.ends(q.probe.values)
+    before_f, streams = f_start, Streams()
     for s in range(q.start, q.stop):
         move, w = q.move(s), q.window(s)
         after_f = q.probe.values(move.theta + move.delta)
         phi, quadrature = q.phi(move, after_f - before_f)
-        if complete: phi, quadrature = spread(phi, move.delta, quadrature), torch.zeros_like(quadrature)
         (decay, initial), linear = streams(move), move.linear_delta
         for name, part in (("data", linear - decay - initial), ("decay", decay), ("initial", initial)): out[name].add(q.by_component(phi * part), w)
         out["quadrature"].add(quadrature[:, None], w)
@@ -389,7 +390,7 @@ def _march(q, out, complete, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #a35a0e9f
+# %% ../nbs/06_kernel.ipynb #1fac0f74
 PARTS = ("data", "decay", "penalty", "initial", "residual")   # these and the baseline add up to the prediction
 
 def explain(path,                   # directory of a recorded run, or an open `History`
@@ -416,7 +417,8 @@ def explain(path,                   # directory of a recorded run, or an open `H
     "Split a prediction of a recorded run over steps, components and training samples: one reverse sweep."
     if step_axis not in ("gradient", "update"): raise ValueError(f"step_axis is 'gradient' or 'update', not {step_axis!r}.")
     began, by_update, with_samples = time.perf_counter(), step_axis == "update" and "step" in keep, "sample" in keep
-    q = Query(path, model, target, keep=keep, rule=rule, nodes=nodes, tol=tol, component=component, steps=steps, device=device, dtype=dtype)
+    q = Query(path, model, target, keep=keep, rule=rule, nodes=nodes, tol=tol, component=component, steps=steps, device=device, dtype=dtype,
+              complete=complete)
     if penalty is not None and not with_samples: raise ValueError("A penalty is told from the data only where the batches are revisited: keep 'sample' "
                                                                   "(or group all samples with samples=).")
     seen = Samples(q, loss, data, engine, samples, penalty) if with_samples else None
@@ -428,8 +430,8 @@ def explain(path,                   # directory of a recorded run, or an open `H
     out = {k: Kept(keep, {a: sizes[a] for a in v}) for k, v in axes.items() if k != "penalty" or penalty is not None}
     if progress: tqdm.write(_estimate(q, seen, sizes))
     with tqdm(total=q.stop - q.start, desc="explain", disable=not progress) as bar:
-        if by_update and not seen: ends = _march(q, out, complete, bar)
-        else: ends = _sweep(q, seen, out, by_update, complete, bar)
+        if by_update and not seen: ends = _march(q, out, bar)
+        else: ends = _sweep(q, seen, out, by_update, bar)
     result = _dataset(q, out, ends, seen)
     result.attrs.update(rule=rule, tol=float(tol), step_axis=step_axis, engine=engine, completed=int(complete), seconds=time.perf_counter() - began,
                         **_versions(q))
@@ -473,7 +475,7 @@ def _versions(q):
     return dict(explaind_nb=__version__, torch=str(torch.__version__), device=str(q.device), dtype=str(q.dtype).removeprefix("torch."),
                 start=q.start, stop=q.stop, path=str(q.history.path))
 
-# %% ../nbs/06_kernel.ipynb #46fe5ce0
+# %% ../nbs/06_kernel.ipynb #57b6d307
 def _dataset(q, out, ends, seen):
     f_start, f_end, worst = ends
     ds = xr.Dataset({k: v.array() for k, v in out.items()})
@@ -509,7 +511,7 @@ def load(path) -> xr.Dataset:
     "Read what `save` wrote."
     return xr.load_dataset(path, engine="h5netcdf")
 
-# %% ../nbs/06_kernel.ipynb #195e6256
+# %% ../nbs/06_kernel.ipynb #ae09cb76
 def reconstruct(path,                    # directory of a recorded run, or an open `History`
                 model: nn.Module,        # the network that was trained
                 fn,                      # `fn(model) -> Tensor` of any shape: all outputs at once
@@ -524,10 +526,9 @@ def reconstruct(path,                    # directory of a recorded run, or an op
     q = Query(path, model, fn, keep=(*keep, "target"), rule=rule, nodes=nodes, tol=tol, component=component, steps=steps, device=device, dtype=dtype)
     f = Forward(q.probe, fn)
     _check_repeats(q, f.values, "fn"); f.check()
-    first = before = f.values(q.theta(q.start))
-    last = f.values(q.theta(q.stop))
+    first, last = q.ends(f.values)
+    before = first
     _check_memory(("step", "component", "out"), dict(step=2 * q.windows if "step" in keep else 1, component=len(q.comps.labels), out=last.numel()))
-    q.scale = ((last - first).abs().mean() / (q.stop - q.start)).item()
     streams, C, warm = Streams(), len(q.comps.labels), bool(q.move(q.start).state)
     if progress:
         node = min(_timed(lambda: f.jvps(q.theta(q.start), q.theta(q.start).expand(2 * C, -1))) for _ in range(2))      # the first one warms up
