@@ -6,7 +6,7 @@
 __all__ = ['anonymous_memory', 'Meter', 'quality', 'settings', 'fresh', 'train_recorded', 'verdict', 'accuracies', 'figures',
            'run_job', 'summary', 'main']
 
-# %% ../nbs/10_cli.ipynb #867785fb
+# %% ../nbs/10_cli.ipynb #56d3d032
 import json, os, platform, sys, threading, time
 from pathlib import Path
 import torch, matplotlib
@@ -14,10 +14,10 @@ from matplotlib import pyplot as plt
 from fastcore.script import call_parse
 from .history import History, Recorder
 from .kernel import explain, reconstruct, save, total
-from .modular import ModularTransformer, accuracy, fit, make_optimizer, modular_pairs, nll
+from .modular import ModularTransformer, fit, make_optimizer, modular_pairs, nll
 from .plots import COLORS, account, heatmap, top_samples, trajectory, waterfall
 
-# %% ../nbs/10_cli.ipynb #c27f511f
+# %% ../nbs/10_cli.ipynb #6b73d21e
 def anonymous_memory() -> float:
     "MiB that this process holds now, file-mapped pages excluded (Linux; elsewhere the peak of everything so far)."
     try: return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 2**10
@@ -40,7 +40,7 @@ class Meter:
     @property
     def cost(self): return dict(seconds=round(self.seconds, 2), peak_mib=round(self.peak))
 
-# %% ../nbs/10_cli.ipynb #7a8f82f5
+# %% ../nbs/10_cli.ipynb #e16b7aa6
 def quality(full) -> dict: # result of `reconstruct` on log-probabilities [points, classes], steps and components summed
     "Agreement, KL and mean error of the prediction without its residual; with it, the largest error."
     t = total(full, ("target", "output"))
@@ -50,7 +50,7 @@ def quality(full) -> dict: # result of `reconstruct` on log-probabilities [point
                 mean_error=(parts - truth).abs().mean().item(), error_with_residual=(parts + torch.tensor(t.residual.values) - truth).abs().max().item(),
                 nodes_per_step=full.nodes_per_step)
 
-# %% ../nbs/10_cli.ipynb #8dcaa646
+# %% ../nbs/10_cli.ipynb #8e214565
 def settings(p: int) -> dict:
     "Hyper-parameters (the paper's for p = 113, a small run that groks quickly for other primes), and the reconstruction's tolerance."
     if p == 113: return dict(n_train=4000, n_val=2000, lr=1e-3, weight_decay=4., tol=.002)
@@ -98,7 +98,7 @@ def figures(out, result, log, train):
     for name, ax in axes.items():
         ax.figure.savefig(out/f"{name}.png", dpi=120, bbox_inches="tight"); plt.close(ax.figure)
 
-# %% ../nbs/10_cli.ipynb #9d8f12d6
+# %% ../nbs/10_cli.ipynb #2090ca25
 def run_job(p=53, out=None, seed=43, max_steps=4000, tol=.02, reconstruct_tol=None):
     "Train, reconstruct, attribute; returns the report as a dict and writes everything to a folder."
     out = Path(out or f"explaind-p{p}"); out.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def summary(report, result) -> str:
                                                       f"{rec['share_of_training']:.1%} of the plain training time")
     return "\n".join(lines)
 
-# %% ../nbs/10_cli.ipynb #f4d27aa6
+# %% ../nbs/10_cli.ipynb #e94db7ea
 @call_parse
 def main(p: int = 53,               # modulus, a prime; 113 is the paper's network
          out: str = None,           # folder for the recording, results and figures (default: explaind-p<P>); continued if it exists

@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'PARTS', 'Layout', 'Probe', 'Move', 'Streams', 'Kept', 'Query', 'Samples', 'explain', 'total', 'save', 'load',
            'reconstruct', 'Forward']
 
-# %% ../nbs/06_kernel.ipynb #50dc1d6c
+# %% ../nbs/06_kernel.ipynb #06071cdf
 import copy, os, time, warnings
 from pathlib import Path
 import numpy as np
@@ -18,7 +18,7 @@ from .history import History, check_modules, warn_tf32
 from .quadrature import line_integral, first_guess, complete as spread
 from .contraction import Contraction, components, plain_kernels
 
-# %% ../nbs/06_kernel.ipynb #70e54777
+# %% ../nbs/06_kernel.ipynb #6dba3acf
 class Layout:
     "Names, shapes and places of the parameters in one flat vector of length D."
     def __init__(self,
@@ -41,7 +41,7 @@ class Layout:
 
 def _only(tensors, names): return {k: tensors[k] for k in names}
 
-# %% ../nbs/06_kernel.ipynb #e5f695f7
+# %% ../nbs/06_kernel.ipynb #98f7f4ae
 class Probe:
     "A private copy of the model, movable along the path, with the target's values and gradients."
     def __init__(self, model, target, layout, device, dtype, summed):
@@ -85,7 +85,7 @@ def _vjps(out, params, chunk=32):
     for rows in torch.eye(len(out), dtype=out.dtype, device=out.device).split(chunk):
         yield rows, torch.autograd.grad(out, params, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
 
-# %% ../nbs/06_kernel.ipynb #243fb64a
+# %% ../nbs/06_kernel.ipynb #2dd64598
 class Move:
     "One recorded step as flat vectors: `theta`, `delta`, the linear steps and the recorded gradient."
     def __init__(self, history, s, layout, after=None):
@@ -118,7 +118,7 @@ class Move:
             if c is not None: back[..., self.layout.place[k]] = c.reshape(len(c), -1)
         return psi, back
 
-# %% ../nbs/06_kernel.ipynb #c3b20847
+# %% ../nbs/06_kernel.ipynb #aece2697
 class Streams:
     "Forward streams through the frozen optimizer: how much of each displacement is weight decay's, and the warm state's."
     def __init__(self): self.decay, self.initial = {}, None
@@ -134,7 +134,7 @@ class Streams:
             if self.initial.get(k) is not None: initial[k], self.initial[k] = st.forward(self.initial[k], zero)
         return move.layout.flat(decay), move.layout.flat(initial)
 
-# %% ../nbs/06_kernel.ipynb #becf55a9
+# %% ../nbs/06_kernel.ipynb #3e3e731c
 def _window(steps, n):
     "First step, end, and the window edges of the step axis."
     if n == 0: raise ValueError("No steps are recorded yet: they are written when the `with Recorder(...)` block ends.")
@@ -145,7 +145,7 @@ def _window(steps, n):
     a, b, width = r.start, r.stop, r.step
     return a, b, width
 
-# %% ../nbs/06_kernel.ipynb #27b2b734
+# %% ../nbs/06_kernel.ipynb #181806a2
 AXES = ("target", "step", "component", "sample")
 
 class Kept:
@@ -164,8 +164,8 @@ class Kept:
     def array(self):
         return self.keep, self.x.squeeze(tuple(i for i, a in enumerate(AXES) if a not in self.keep)).numpy()
 
-# %% ../nbs/06_kernel.ipynb #72a0b333
-def _check_arguments(model, keep, rule, nodes, tol, dtype):
+# %% ../nbs/06_kernel.ipynb #ab835c3c
+def _check_arguments(keep, rule, nodes, tol, dtype):
     if isinstance(keep, str) or not isinstance(keep, (tuple, list, set)): raise TypeError(f"keep is a tuple of axes, like ('sample',), not {keep!r}.")
     if bad := set(keep) - set(AXES): raise ValueError(f"Unknown axes {sorted(bad)}: keep takes some of {AXES}.")
     if rule not in ("adaptive", "midpoint", "gauss"): raise ValueError(f"Unknown quadrature rule {rule!r}: choose 'adaptive', 'midpoint' or 'gauss'.")
@@ -182,7 +182,7 @@ class Query:
         self.history.check_model(model); check_modules(model.named_modules())
         first = next(model.parameters())
         self.device, self.dtype = torch.device(device or first.device), dtype or first.dtype
-        _check_arguments(model, keep, rule, nodes, tol, dtype)
+        _check_arguments(keep, rule, nodes, tol, dtype)
         warn_tf32(self.device, self.dtype)
         self.start, self.stop, self.width = _window(steps, len(self.history))
         self.windows = -(-(self.stop - self.start) // self.width)
@@ -252,7 +252,7 @@ def _component_of(layout, comps):
         out[place] = index if isinstance(index, int) else torch.as_tensor(index).repeat_interleave(size // len(index))
     return out
 
-# %% ../nbs/06_kernel.ipynb #d3656e86
+# %% ../nbs/06_kernel.ipynb #a5032f3b
 def _mismatch(recorded, revisited):
     "Relative distance of two gradients, and the factor that would fit best."
     size = recorded.norm()
@@ -272,7 +272,7 @@ def _check_gradient(s, recorded, revisited, scale, tol=1e-2):
            "data[ids] must give what the loop saw, an explicit regularizer must be passed as penalty=, and a loop under autocast needs it inside the loss")
     raise ValueError(f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}.")
 
-# %% ../nbs/06_kernel.ipynb #93549763
+# %% ../nbs/06_kernel.ipynb #55c7b4c9
 class Samples:
     "Revisits training batches: contracts `psi` with the gradients of single samples."
     def __init__(self, query, loss, data, engine, samples, penalty):
@@ -330,7 +330,7 @@ def _groups(samples, ids):
     except TypeError: raise TypeError("samples= needs a label (a string or a number) for every sample.") from None
     return labels, torch.as_tensor(group)
 
-# %% ../nbs/06_kernel.ipynb #93d6fb1d
+# %% ../nbs/06_kernel.ipynb #a65d87d0
 def _sweep(q, samples, out, by_update, bar):
     "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline, prediction and the largest gradient mismatch."
     f_start, f_end = q.ends(q.probe.values)
@@ -373,7 +373,7 @@ def _drop_dead(live, peak, key, eps=2.**-53):
     for k, c in live.items(): peak[k] = max(peak.get(k, 0.), c.abs().max().item())
     return {k: c for k, c in live.items() if k == key or c.abs().max().item() > eps * peak[k]}
 
-# %% ../nbs/06_kernel.ipynb #42cda79a
+# %% ../nbs/06_kernel.ipynb #06d46f63
 def _march(q, out, bar):
     "Walk the steps forwards for component x update step; fill `out`. Returns baseline and prediction."
     f_start, f_end = q.ends(q.probe.values)
@@ -390,7 +390,7 @@ def _march(q, out, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #1fac0f74
+# %% ../nbs/06_kernel.ipynb #ca2962a9
 PARTS = ("data", "decay", "penalty", "initial", "residual")   # these and the baseline add up to the prediction
 
 def explain(path,                   # directory of a recorded run, or an open `History`
@@ -475,7 +475,7 @@ def _versions(q):
     return dict(explaind_nb=__version__, torch=str(torch.__version__), device=str(q.device), dtype=str(q.dtype).removeprefix("torch."),
                 start=q.start, stop=q.stop, path=str(q.history.path))
 
-# %% ../nbs/06_kernel.ipynb #57b6d307
+# %% ../nbs/06_kernel.ipynb #7acdaec4
 def _dataset(q, out, ends, seen):
     f_start, f_end, worst = ends
     ds = xr.Dataset({k: v.array() for k, v in out.items()})
@@ -511,7 +511,7 @@ def load(path) -> xr.Dataset:
     "Read what `save` wrote."
     return xr.load_dataset(path, engine="h5netcdf")
 
-# %% ../nbs/06_kernel.ipynb #ae09cb76
+# %% ../nbs/06_kernel.ipynb #70d33963
 def reconstruct(path,                    # directory of a recorded run, or an open `History`
                 model: nn.Module,        # the network that was trained
                 fn,                      # `fn(model) -> Tensor` of any shape: all outputs at once

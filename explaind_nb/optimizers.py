@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LinearStep', 'SGDStep', 'AdamStep', 'AdamWStep', 'register', 'linear_step_class', 'kind_of', 'step_class_of']
 
-# %% ../nbs/02_optimizers.ipynb #6ff3c4f8
+# %% ../nbs/02_optimizers.ipynb #a5a445d9
 import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/02_optimizers.ipynb #0581fee9
+# %% ../nbs/02_optimizers.ipynb #49d8dc7f
 class LinearStep:
     "One parameter tensor at one recorded step, coefficients frozen: $(state, g) \\mapsto (\\Delta, state')$ and its transpose."
     names = ()   # hyper-parameters that the linear map needs
@@ -57,7 +57,7 @@ def _plain(x):
     if isinstance(x, Tensor): return x.item()
     return [_plain(o) for o in x] if isinstance(x, (tuple, list)) else x
 
-# %% ../nbs/02_optimizers.ipynb #b5e666a0
+# %% ../nbs/02_optimizers.ipynb #99a4a78e
 class SGDStep(LinearStep):
     "`torch.optim.SGD`: momentum, dampening, Nesterov, coupled weight decay, maximize."
     names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
@@ -86,7 +86,7 @@ class SGDStep(LinearStep):
         prev = 0. if state_prev is None or self.count == 1 else self.mu * state_prev
         return self.uncouple(self.sign * (self.state - prev) / self.keep, theta)
 
-# %% ../nbs/02_optimizers.ipynb #feaa72a6
+# %% ../nbs/02_optimizers.ipynb #4874e83a
 class AdamStep(LinearStep):
     "`torch.optim.Adam` (coupled decay) and `torch.optim.AdamW` (decoupled), with AMSGrad and maximize."
     names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
@@ -121,7 +121,7 @@ class AdamWStep(AdamStep):
     @property
     def decouples(self): return self.hyper.get("decoupled_weight_decay", True)
 
-# %% ../nbs/02_optimizers.ipynb #0f66d8f2
+# %% ../nbs/02_optimizers.ipynb #67c29120
 _known = {torch.optim.SGD: SGDStep, torch.optim.Adam: AdamStep, torch.optim.AdamW: AdamWStep}
 
 def register(optimizer_class: type, # a `torch.optim.Optimizer` subclass

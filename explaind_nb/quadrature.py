@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['nodes_weights', 'line_integral', 'first_guess', 'complete']
 
-# %% ../nbs/04_quadrature.ipynb #d9d9584e
+# %% ../nbs/04_quadrature.ipynb #4f3a7025
 import numpy as np
 from torch import Tensor
 
-# %% ../nbs/04_quadrature.ipynb #dc2896cb
+# %% ../nbs/04_quadrature.ipynb #b12687ef
 def nodes_weights(rule: str,  # "midpoint" or "gauss"
                   n: int,     # number of nodes, at least 1
                  ) -> tuple:  # nodes in (0, 1), weights that sum to 1
@@ -21,7 +21,7 @@ def nodes_weights(rule: str,  # "midpoint" or "gauss"
         return (t + 1) / 2, w / 2
     raise ValueError(f"Unknown quadrature rule {rule!r}: choose 'adaptive', 'midpoint' or 'gauss'.")
 
-# %% ../nbs/04_quadrature.ipynb #f78ae333
+# %% ../nbs/04_quadrature.ipynb #7f44050b
 def line_integral(evaluate,          # t in (0, 1) -> Tensor: the integrand at that point of the segment
                   rule: str = "adaptive",
                   n: int = 1,        # nodes (adaptive: nodes to begin with)
@@ -37,7 +37,7 @@ def line_integral(evaluate,          # t in (0, 1) -> Tensor: the integrand at t
         total, n = total + sum(evaluate(float(t)) for t in fresh), 3 * n
     return total / n, n
 
-# %% ../nbs/04_quadrature.ipynb #6e3045d3
+# %% ../nbs/04_quadrature.ipynb #4a72a086
 def first_guess(n: int,        # nodes spent on the neighbouring step
                 ratio: float,  # its residual divided by the tolerance; at most 1 if accepted
                 most: int = 81,
@@ -45,7 +45,7 @@ def first_guess(n: int,        # nodes spent on the neighbouring step
     "How many nodes to begin the next step with, if the residual falls like 1/n."
     return int(np.clip(np.ceil(n * min(ratio, 1.) * 1.2), max(1, n // 4), most)) if np.isfinite(ratio) else n
 
-# %% ../nbs/04_quadrature.ipynb #1bd6bce7
+# %% ../nbs/04_quadrature.ipynb #f51a0842
 def complete(phi: Tensor,       # [T, D] integrated gradients
              delta: Tensor,     # [D] displacement
              residual: Tensor,  # [T] what is missing

@@ -4,7 +4,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn, optim
 from explaind_nb import history
-from explaind_nb.history import Chunk, History, Indexed, Recorder, Store, read_index
+from explaind_nb.history import History, Indexed, Recorder, read_index
 
 X, Y = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
 
