@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'FILE_BYTES', 'FLUSH_SECONDS', 'checksum', 'read_index', 'Chunk', 'Store', 'History', 'linear_deviation',
-           'largest', 'limits', 'factor', 'warn_tf32', 'check_modules', 'Recorder', 'Indexed']
+           'largest', 'limits', 'factor', 'diagonal', 'warn_tf32', 'check_modules', 'random_state', 'set_random_state',
+           'keep_random', 'Recorder', 'Indexed']
 
-# %% ../nbs/03_history.ipynb #c417f2a1
-import json, math, os, queue, shutil, threading, time, warnings, zlib
+# %% ../nbs/03_history.ipynb #a1b7024d
+import json, math, os, queue, random, shutil, threading, time, warnings, zlib
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from pathlib import Path
+import numpy as np
 import torch
 from torch import nn, Tensor
 from safetensors import safe_open, SafetensorError
@@ -17,7 +20,7 @@ from safetensors.torch import save_file
 from fastcore.basics import patch
 from .optimizers import linear_step_class, kind_of, step_class_of
 
-# %% ../nbs/03_history.ipynb #ac898a2c
+# %% ../nbs/03_history.ipynb #b0550565
 FORMAT = "explaind_nb history 1"
 FILE_BYTES = 16 << 20    # a data file is written once it holds this much,
 FLUSH_SECONDS = 10.      # or once its oldest step has waited this long
@@ -44,7 +47,7 @@ def checksum(tensors) -> int:
     for t in tensors: crc = zlib.crc32(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
     return crc
 
-# %% ../nbs/03_history.ipynb #0d587fb1
+# %% ../nbs/03_history.ipynb #5e8dfbf7
 def _damaged(file, error):
     return RuntimeError(f"{file} is missing or damaged ({error}). Restore the file from a copy, or record again.")
 
@@ -61,7 +64,7 @@ def read_index(file) -> tuple:   # the lines, and how many bytes they take
         good += len(row)
     return lines, good
 
-# %% ../nbs/03_history.ipynb #22fe867a
+# %% ../nbs/03_history.ipynb #cd3626b4
 class Chunk:
     "Consecutive steps on their way to one file: `tensors[key][row]`."
     def __init__(self,
@@ -74,7 +77,7 @@ class Chunk:
     def __len__(self): return len(self.lines)
     @property
     def full(self): return len(self) == self.rows or time.monotonic() - self.born > FLUSH_SECONDS
-    def fits(self, tensors): return self.tensors.keys() == tensors.keys()
+    def fits(self, tensors): return {k: t.shape[1:] for k, t in self.tensors.items()} == {k: t.shape for k, t in tensors.items()}
     @torch.no_grad()
     def add(self, line, tensors, ids, weights):
         "Copy one step in."
@@ -95,7 +98,7 @@ def _checksums(tensors, ids, weights):
     theta, rest = ([tensors[k] for k in sorted(tensors) if k.startswith("theta/") is own] for own in (True, False))
     return [checksum(theta), checksum(rest + [ids, weights])]
 
-# %% ../nbs/03_history.ipynb #97bff476
+# %% ../nbs/03_history.ipynb #f4a40a90
 class Store:
     "Appends steps to a directory, in order, from a background thread."
     def __init__(self, path):
@@ -161,7 +164,7 @@ def _lock(file):
         raise RuntimeError(f"{Path(file.name).parent} is being recorded to by another Recorder. "
                            "Wait for it, or take a new directory.") from None
 
-# %% ../nbs/03_history.ipynb #5e99e935
+# %% ../nbs/03_history.ipynb #f397007b
 class _File:
     "One data file, mapped into memory."
     def __init__(self, path):
@@ -211,9 +214,9 @@ class History:
         file = self._open(line["file"])
         try: return {k: file.get(k, line["row"], **kwargs) for k in keys if k in file.keys}
         except (IndexError, SafetensorError) as e: raise _damaged(self.path/line["file"], e) from None
-    def _kept(self, s, group, i, **kwargs):
-        "What was kept of parameter number `i` after step s, besides its value: {key: Tensor}."
-        found = self._get(s, [f"{k}/{self.names[i]}" for k in group["keys"]], **kwargs)
+    def _kept(self, s, keys, i, **kwargs):
+        "Some of what was kept of parameter number `i` after step s: {key: Tensor}."
+        found = self._get(s, [f"{k}/{self.names[i]}" for k in keys], **kwargs)
         return {k.partition("/")[0]: t for k, t in found.items()}
     def theta(self,
               s: int,                 # 0 is the start, len(self) the end
@@ -224,6 +227,11 @@ class History:
         moved = self._get(s - 1, keys, device=device, dtype=dtype)
         still = self._get(-1, keys.keys() - moved.keys(), device=device, dtype=dtype)
         return {n: moved[k] if k in moved else still[k] for k, n in keys.items()}
+    def _before(self, s, keys, i, **kwargs):
+        "Likewise before step s; what has not changed yet is as it was at the start."
+        found = self._kept(s - 1, keys, i, **kwargs) if keys and s >= 0 else {}
+        late = [k for k in keys if k not in found]
+        return found | (self._kept(-1, late, i, **kwargs) if late and s >= 0 else {})
     def _batch(self, s, key):
         line = self.record(s)
         return self._open(line["file"]).get(key, slice(*line["batch"]))
@@ -239,9 +247,8 @@ class History:
         for group in line["groups"]:
             cls = step_class_of(self.meta["optimizers"][group["optimizer"]])
             for i in set(group["parameters"]) & which:
-                rec = self._kept(s, group, i, device=device, dtype=dtype)
-                if rec.keys() < set(group["keys"]) - {"step"}: continue      # has no state yet
-                out[self.names[i]] = cls(group["hyper"], line["count"][i], rec)
+                rec = self._kept(s, group["keys"], i, device=device, dtype=dtype)
+                if rec: out[self.names[i]] = cls(group["hyper"], line["count"][i], rec, self._before(s, cls.before_keys, i, device=device, dtype=dtype))
         return {n: out[n] for n in self.names if n in out}
     def linear(self,
                s: int,                              # step
@@ -258,13 +265,23 @@ class History:
         steps = self._steps(s - 1, warm, device, dtype)
         return {n: st.state for n, st in steps.items() if st.state is not None}
     def scale(self, s: int) -> dict:
-        "{name: c} where the optimizer used c times the accumulated gradient (clipping, unscaling) and c is not 1."
-        return {self.names[int(i)]: c for i, c in self.record(s).get("scale", {}).items()}
+        "{name: c} where the optimizer used c times the accumulated gradient (clipping, unscaling): a number, or a tensor where entries were clipped by value."
+        found = {self.names[int(i)]: c for i, c in self.record(s).get("scale", {}).items()}
+        return {n: self._get(s, [f"scale/{n}"])[f"scale/{n}"] if c is None else c for n, c in found.items()}
+    def calls(self, s: int) -> list:
+        "How many ids each `Recorder.batch` of the step announced."
+        return self.record(s).get("calls", [len(self.ids(s))])
+    def random(self, s: int):
+        "States of the random generators when each batch of the step was announced [calls, bytes]; None if nothing was drawn."
+        return self._get(s, ["random"]).get("random") if self.record(s).get("random") else None
+    def training(self, s: int):
+        "Which modules were in train mode in the step: True (all), False (none) or a list of names."
+        return self.record(s)["training"]
     def lr(self, s: int) -> float:
         "Learning rate of the first parameter group in step `s`."
         return self.record(s)["groups"][0]["hyper"]["lr"]
 
-# %% ../nbs/03_history.ipynb #49a1d7cb
+# %% ../nbs/03_history.ipynb #5579f773
 def _same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
 
 def _buffers(model): return {f"buffer/{n}": b.detach() for n, b in model.named_buffers()}
@@ -304,12 +321,16 @@ def find(self:History, model: nn.Module):
         line = self.record(s - 1)
         if crc(*sorted(k for k in self._open(line["file"]).keys if k in params)) == line["crc32"][0]: return s
 
-# %% ../nbs/03_history.ipynb #91c028ab
+# %% ../nbs/03_history.ipynb #c6bd050e
 def _as_list(optimizer): return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+_NO_STATE = "grad", "theta"      # recorded for the linear step, not part of the optimizer's state
+
+def _on_device(group): return bool(group.get("fused") or group.get("capturable"))
 
 def _counter(n, p, group):
     "`n` the way `torch.optim` keeps its counter `step`."
-    on_device = group.get("fused") or group.get("capturable")
+    on_device = _on_device(group)
     double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
     dtype, device = torch.float64 if double else torch.float32, p.device if on_device else None
     return torch.tensor(float(n), dtype=dtype, device=device)
@@ -322,11 +343,13 @@ def optimizer_state(self:History,
     line, out = self.record(s - 1), {}
     for group in line["groups"]:
         for i in group["parameters"]:
-            state = self._kept(s - 1, group, i) if line["count"][i] else {}
-            state.pop("grad", None)
+            keys = [k for k in group["keys"] if k not in _NO_STATE]
+            state = self._kept(s - 1, keys, i)
             if state and "step" in group["keys"]: state["step"] = line["count"][i]
             if state: out[self.names[i]] = state
     return out
+
+def _placed(key, v, p, group): return v.cpu() if key == "mu_product" and not _on_device(group) else v.to(p.device)
 
 @patch
 def restore(self:History,
@@ -349,9 +372,9 @@ def restore(self:History,
         o, group = owner[p]
         o.state.pop(p, None)
         if n in state:
-            o.state[p] = {k: _counter(v, p, group) if k == "step" else v.to(p.device) for k, v in state[n].items()}
+            o.state[p] = {k: _counter(v, p, group) if k == "step" else _placed(k, v, p, group) for k, v in state[n].items()}
 
-# %% ../nbs/03_history.ipynb #3201206e
+# %% ../nbs/03_history.ipynb #7dd1bee3
 def linear_deviation(step,            # LinearStep
                      g,               # gradient, as in `p.grad`
                      prev,            # linear state before the step, None if there was none
@@ -362,7 +385,8 @@ def linear_deviation(step,            # LinearStep
     decay, delta = step.decoupled(before), after - before
     error = delta - (linear if decay is None else linear + decay)
     if step.state is None: return delta, error, torch.zeros_like(g), torch.zeros_like(g)
-    return delta, error, step.state.abs() + (0 if prev is None else prev.abs()), step.state - state
+    now, then, linear = (torch.stack(o if isinstance(o, tuple) else [o]) for o in (step.state, step.state if prev is None else prev, state))
+    return delta, error, (now.abs() + then.abs()).amax(0), (now - linear).abs().amax(0)
 
 def largest(tensors, sizes) -> list:
     "Largest magnitudes (NaN if there is one) in the pieces of flat tensors, one row per tensor."
@@ -370,11 +394,13 @@ def largest(tensors, sizes) -> list:
     return torch.stack(flat).reshape(len(tensors), -1).tolist()
 
 def limits(delta, state, theta, # largest magnitudes, floats
-           eps):                # of the dtype
+           eps,                 # of the dtype
+           slack=1e-5,          # of the linear step
+           place=False):        # the state is a distance to the parameter, and rounds like it
     "What rounding may do to a displacement and to a state."
-    return 4*eps*theta + 1e-5*delta, 1e-5*state
+    return 4*eps*theta + slack*delta, 1e-5*state + 8*eps*theta*place
 
-# %% ../nbs/03_history.ipynb #35dc6ed6
+# %% ../nbs/03_history.ipynb #d61c457a
 def factor(a: Tensor,   # gradient as accumulated
            b: Tensor,   # gradient as used
           ):            # float or None
@@ -384,20 +410,30 @@ def factor(a: Tensor,   # gradient as accumulated
     c = (a * b).sum() / n if n > 0 else n
     return c.item() if ((b - c*a).abs() <= 8*info.eps*(c*a).abs() + info.tiny).all() else None
 
-# %% ../nbs/03_history.ipynb #4e1f2519
+def diagonal(a: Tensor,   # gradient as accumulated
+             b: Tensor,   # gradient as used
+            ):            # Tensor of the same shape, or None
+    "The factors `d` with `b = d a` if `b` is `a`, scaled by a number, clamped to an interval that holds 0; else None."
+    low, high = b.min().clamp(max=0), b.max().clamp(min=0)
+    inner = (b > low) & (b < high) & (a != 0)
+    c = factor(a[inner], b[inner]) if inner.any() else 1.
+    if c is None or not torch.allclose(b, (c * a).clamp(low, high), rtol=8*torch.finfo(a.dtype).eps, atol=0): return None
+    return torch.where(a == 0, 1., b / a)
+
+# %% ../nbs/03_history.ipynb #7e3a22ea
 _coupling, _running = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
 def _random(m):
     p = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else getattr(m, "dropout", 0)    # attention, RNN: a number
     return isinstance(m, nn.RReLU) or isinstance(p, (int, float)) and p > 0
 
-def _unfit(m):
+def _unfit(m, random):
     "What keeps a module in its present mode from being a fixed function of parameters and one sample, or None."
     if isinstance(m, _coupling) and (m.training or m.running_mean is None):
         return "couples the samples of a batch. Put it in eval() mode, or use GroupNorm or LayerNorm instead"
     if isinstance(m, _running) and m.training and m.track_running_stats:
         return "updates running statistics. Put it in eval() mode, or set track_running_stats=False"
-    if m.training and _random(m): return "is random in train mode. Set its probability to 0, or put it in eval() mode"
+    if m.training and _random(m) and not random: return "is random in train mode. Set its probability to 0, or put it in eval() mode"
 
 def warn_tf32(device, dtype):
     "Warn if float32 products on this device are silently taken in TF32, with 10 bits instead of 23."
@@ -405,12 +441,43 @@ def warn_tf32(device, dtype):
     on = [k for k, b in (("torch.backends.cuda.matmul", torch.backends.cuda.matmul), ("torch.backends.cudnn", torch.backends.cudnn)) if b.allow_tf32]
     if on: warnings.warn(f"TF32 is on ({', '.join(k + '.allow_tf32' for k in on)}): gradients have three digits, and attributions no more. Set it to False.", stacklevel=3)
 
-def check_modules(modules):
-    "Raise `ValueError` for a module that is random or couples samples, naming the remedy."
+def check_modules(modules,       # of a model: `named_modules()`
+                  random=False,  # random ones are welcome: the states of the generators are recorded
+                 ):
+    "Raise `ValueError` for a module that couples samples, or is random, naming the remedy."
     for name, m in modules:
-        if (why := _unfit(m)): raise ValueError(f"Module {name!r} ({type(m).__name__}) {why}.")
+        if (why := _unfit(m, random)): raise ValueError(f"Module {name!r} ({type(m).__name__}) {why}.")
 
-# %% ../nbs/03_history.ipynb #fa30c7f7
+# %% ../nbs/03_history.ipynb #76005d94
+def random_state(device="cpu") -> Tensor:
+    "Where the random generators stand: torch's on the CPU and on `device`, numpy's, Python's; as bytes [n]."
+    kind, keys, *rest = np.random.get_state()
+    version, ints, gauss = random.getstate()
+    numbers = [keys, np.array([*rest, np.nan if gauss is None else gauss], np.float64), np.array(ints, np.uint32)]
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if torch.device(device).type == "cuda" else [])
+    return torch.cat([torch.frombuffer(bytearray(o.tobytes()), dtype=torch.uint8) for o in numbers] + states)
+
+def set_random_state(state: Tensor,  # what `random_state` gave
+                     device="cpu"):
+    "Put the generators back. Raises `ValueError` if the state is one of another kind of device."
+    sizes = [624 * 4, 4 * 8, 625 * 4, len(torch.get_rng_state())]
+    if len(rest := state[sum(sizes):]) != 16 * (torch.device(device).type == "cuda"):
+        raise ValueError(f"The run drew random numbers on another kind of device than {device}; masks drawn there cannot be drawn here. Explain it on the device it was trained on.")
+    keys, more, ints = (np.frombuffer(o.numpy().tobytes(), t) for o, t in zip(state.split([*sizes, len(rest)]), (np.uint32, np.float64, np.uint32)))
+    pos, has_gauss, cached, gauss = more.tolist()
+    np.random.set_state(("MT19937", keys, int(pos), int(has_gauss), cached))
+    random.setstate((3, tuple(ints.tolist()), None if math.isnan(gauss) else gauss))
+    torch.set_rng_state(state[sum(sizes[:3]):sum(sizes)].clone())             # torch wants an aligned tensor: a slice crashes
+    if len(rest): torch.cuda.set_rng_state(rest.clone(), device)
+
+@contextmanager
+def keep_random(device="cpu"):
+    "Leave the random generators as they were."
+    state = random_state(device)
+    try: yield
+    finally: set_random_state(state, device)
+
+# %% ../nbs/03_history.ipynb #50ed2d90
 def _checked_batch(ids, weight):
     "Ids as int64 [B] and weights as float64 [B] on the CPU."
     ids = torch.as_tensor(ids).detach()
@@ -460,7 +527,7 @@ class Recorder:
         "What recording has taken so far: steps, seconds in the training loop, bytes on disk."
         return dict(steps=self.step, seconds=self.seconds, bytes=self.store.bytes)
 
-# %% ../nbs/03_history.ipynb #81c97451
+# %% ../nbs/03_history.ipynb #9d404f13
 def _clean(path):
     "Make `path` a directory without leftovers of killed writes; refuse one that holds something else."
     path.mkdir(parents=True, exist_ok=True)
@@ -480,7 +547,7 @@ def _repair(path):
 
 @patch
 def __enter__(self:Recorder):
-    check_modules(self.modules)
+    check_modules(self.modules, random=True)
     for p in self.params[:1]: warn_tf32(p.device, p.dtype)
     self._reset()
     _clean(self.path)
@@ -500,6 +567,7 @@ def _reset(self:Recorder):
     self.mirror, self.constants = {}, {}               # {"theta/NAME": ..., "exp_avg/NAME": ...}; what must not change
     self.step, self.count = 0, [self._count(i) for i in range(len(self.params))]
     self.hooks, self.watched, self.grads = [], {}, {}  # on optimizers; on parameters; what backward accumulated
+    self.used, self.versions = {}, {}                  # gradients that go into the step
     self._forget()                                     # announced batches, gradients that came, on top of what
     self.skipped, self.late = [], False                # batches without a step; a backward between two steps
     self._open_record()
@@ -507,7 +575,7 @@ def _reset(self:Recorder):
     self.groups = [self._groups(k) for k in range(len(self.optimizers))]
 
 @patch
-def _open_record(self:Recorder): self.done, self.stepped, self.scale, self.deviation = set(), set(), {}, {}
+def _open_record(self:Recorder): self.done, self.stepped, self.scale, self.deviation, self.drawn = set(), set(), {}, {}, False
 
 @patch
 def _owners(self:Recorder) -> dict:
@@ -544,7 +612,7 @@ def _keys(cls, o, group):
     kept = next((o.state[p] for p in group["params"] if o.state.get(p)), {})
     return list(dict.fromkeys([*cls.state_keys(group), *(k for k, v in kept.items() if isinstance(v, Tensor))]))
 
-# %% ../nbs/03_history.ipynb #9cc7c204
+# %% ../nbs/03_history.ipynb #05ffe653
 @patch
 def _meta(self:Recorder) -> dict:
     "What holds for the whole run."
@@ -605,7 +673,7 @@ def _state(self:History, s):
     state = self.optimizer_state(s)
     return {f"{k}/{n}": torch.as_tensor(v).double() for n, o in state.items() for k, v in o.items()}
 
-# %% ../nbs/03_history.ipynb #a36f291a
+# %% ../nbs/03_history.ipynb #8eb4f708
 @patch
 def _refuse(self:Recorder, what, remedy): raise RuntimeError(f"Step {self.step}: {what}. {remedy}.")
 
@@ -618,7 +686,7 @@ def _batch(self:Recorder, ids, weight):
     if self.done: self._close()
     if self.pending and self.arrived and self._dead(): self._skip()
     self._watch()
-    self.pending.append((ids, weight))
+    self.pending.append((ids, weight, random_state(self.params[0].device)))
 
 @patch
 def _dead(self:Recorder):
@@ -629,7 +697,7 @@ def _dead(self:Recorder):
 @patch
 def _skip(self:Recorder):
     "Announced batches that led to no step: kept for the next line."
-    self.skipped += [ids.tolist() for ids, _ in self.pending]
+    self.skipped += [ids.tolist() for ids, *_ in self.pending]
     self._forget()
 
 @patch
@@ -665,7 +733,7 @@ def _accumulated(self:Recorder, i):
     self.arrived.add(i)
     self.late |= bool(self.done)
 
-# %% ../nbs/03_history.ipynb #cfd3c797
+# %% ../nbs/03_history.ipynb #af35e7e9
 @patch
 @_timed
 def _before_step(self:Recorder, k):
@@ -675,12 +743,36 @@ def _before_step(self:Recorder, k):
                                       "Call recorder.batch(ids) with the samples of this gradient before the step")
     if self.done and self.late: self._refuse("a backward pass came between the steps of two optimizers",
                                              "Announce its samples by recorder.batch(ids): it is a step of its own")
-    check_modules(self.modules)
+    check_modules(self.modules, random=True)
+    self._look_around()
     self._check_constants()
     self._check_mirror()
     self._owners()
     self.groups[k] = self._groups(k)
     self._mirror_new(i for g in self.groups[k] for i in g["parameters"])
+    self._keep_gradients(k)
+
+@patch
+def _keep_gradients(self:Recorder, k):
+    "Gradients as they go into the step: copies if the optimizer writes into them, otherwise only their versions."
+    have = {i: self.params[i].grad for g in self.groups[k] for i in g["parameters"] if self.params[i].grad is not None}
+    self.used = {i: g.clone() for i, g in have.items()} if self.classes[k].spoils_grad else {}
+    self.versions = {} if self.used or getattr(self.optimizers[k], "grad_scale", None) is not None else {i: (g, g._version) for i, g in have.items()}
+
+@patch
+def _grad(self:Recorder, i):
+    "The gradient that parameter `i` was stepped with."
+    g = self.used.get(i, self.params[i].grad)
+    if g is self.versions.get(i, (None,))[0] and g._version != self.versions[i][1]:
+        self._refuse(f"the optimizer writes into the gradient of {self.names[i]!r} while it steps", "Set spoils_grad = True in its LinearStep class: the recorder then copies gradients before the step")
+    return g
+
+@patch
+def _look_around(self:Recorder):
+    "Modes of the modules, and whether random numbers were drawn since the first batch was announced."
+    modes = [m.training for m in self.model.modules()]
+    self.training = all(modes) or any(modes) and [n for (n, _), on in zip(self.model.named_modules(), modes) if on]
+    self.drawn |= not torch.equal(self.pending[0][2], random_state(self.params[0].device))
 
 @patch
 def _check_mirror(self:Recorder):
@@ -721,7 +813,7 @@ def _constant_changed(kind, name):
                                 "Put it into a group of an optimizer given to the Recorder, or leave it alone")
     return f"buffer {name!r} changed", "Keep buffers fixed (eval() mode?): only what parameters do is explained"
 
-# %% ../nbs/03_history.ipynb #94bee6fd
+# %% ../nbs/03_history.ipynb #9779bafc
 @patch
 @_timed
 @torch.no_grad()
@@ -752,9 +844,10 @@ def _holds(self:Recorder, k, stepped) -> dict:
     out = {}
     for i, group in stepped.items():
         p, n, state = self.params[i], self.names[i], self.optimizers[k].state.get(self.params[i], {})
-        keys = [o for o in group["keys"] if o != "step"]
-        self.count[i] = self.count[i] + 1 if any(f"{o}/{n}" in self.mirror for o in keys) else 1
-        out |= {f"theta/{n}": p.detach()} | {f"{o}/{n}": p.grad if o == "grad" else state[o] for o in keys}
+        held = dict(state, grad=self._grad(i), theta=p.detach())
+        keys = [o for o in group["keys"] if o != "step" and o in held]
+        self.count[i] = self.count[i] + 1 if any(f"{o}/{n}" in self.mirror for o in keys if o != "theta") else 1
+        out |= {f"{o}/{n}": held[o] for o in dict.fromkeys(["theta", *keys])}
     return out
 
 @patch
@@ -762,25 +855,29 @@ def _check_linear(self:Recorder, k, stepped, tensors):
     "Compare with the linear step, strung together where hyper-parameters and counter are the same."
     cls, bundles = self.classes[k], {}
     for i, group in stepped.items():
-        p, alone = self.params[i], None if getattr(cls, "elementwise", True) else i
+        p, alone = self.params[i], None if cls.elementwise else i
         bundles.setdefault((id(group), self.count[i], p.dtype, p.device, alone), []).append(i)
     for which in bundles.values(): self._compare(cls, stepped[which[0]], which, tensors)
 
 @patch
 def _compare(self:Recorder, cls, group, which, tensors):
     "Refuse the first of some tensors that is not where its linear step leads; note the deviation of the others."
+    like = [self.params[i] for i in which]
     def string(key, source):
         found = [source.get(f"{key}/{self.names[i]}") for i in which]
-        return found[0] if len(found) == 1 or found[0] is None else torch.cat([t.flatten() for t in found])
+        if len(found) == 1 or found[0] is None: return found[0]
+        return torch.cat([t.expand(p.shape).flatten() if t.dim() == 0 else t.flatten() for t, p in zip(found, like)])
+    some = lambda keys, source: {o: t for o in keys if (t := string(o, source)) is not None}
     keys, count = [o for o in group["keys"] if o != "step"], self.count[which[0]]
-    step = cls(group["hyper"], count, {o: string(o, tensors) for o in keys})
-    prev = cls(group["hyper"], count, {o: string(o, self.mirror) for o in keys}).state
-    grads = [self.params[i].grad for i in which]
+    step = cls(group["hyper"], count, some(keys, tensors), some(cls.before_keys, self.mirror))
+    old = some(keys, self.mirror)
+    prev = cls(group["hyper"], count, old).state if old.keys() - set(_NO_STATE) else None
+    grads = [self._grad(i) for i in which]
     g = grads[0] if len(which) == 1 else torch.cat([t.flatten() for t in grads])
     before, after = string("theta", self.mirror), string("theta", tensors)
     found = largest([*linear_deviation(step, g, prev, before, after), after], [t.numel() for t in grads])
     for i, delta, error, state, drift, theta in zip(which, *found):
-        limit, limit_state = limits(delta, state, theta, torch.finfo(g.dtype).eps)
+        limit, limit_state = limits(delta, state, theta, torch.finfo(g.dtype).eps, cls.slack, "theta" in keys)
         if not error <= limit: self._not_linear(i, "displacement", error, limit)
         if not drift <= limit_state: self._not_linear(i, "optimizer state", drift, limit_state)
         self.deviation[i] = float(f"{error:.2e}")
@@ -799,17 +896,22 @@ def _not_linear(self:Recorder, i, what, by, limit):
 def _check_gradients(self:Recorder, stepped):
     "Find the factor between accumulated and used gradient."
     for i in stepped:
-        g, n = self.params[i].grad, self.names[i]
+        g, n = self._grad(i), self.names[i]
         same = i in self.grads and torch.equal(self.grads[i], g)
         if i in self.stale or i not in self.arrived and same and g.any():
             self._refuse(f"the gradient of {n!r} still held what the step before had used",
                          "Call optimizer.zero_grad() after each step")
         if i not in self.arrived or same: continue
         self.scale[i] = factor(self.grads[i], g)
-        if self.scale[i] is None:
-            self._refuse(f"the gradient of {n!r} was changed elementwise between backward and step (clipped by value?)",
-                         "Only scaling keeps it a sum over samples: clip by norm, torch.nn.utils.clip_grad_norm_")
+        if self.scale[i] is None: self.mirror[f"scale/{n}"] = self._diagonal(i)
         self.grads[i].copy_(g)
+
+@patch
+def _diagonal(self:Recorder, i):
+    found = diagonal(self.grads[i], self._grad(i))
+    if found is None: self._refuse(f"the gradient of {self.names[i]!r} was changed between backward and step, and neither scaled nor clipped",
+                                   "Only scaling and clipping keep it a sum over samples; take decay and noise out of the gradient, and an explicit regularizer into the loss")
+    return found
 
 @patch
 def _update(self:Recorder, tensors):
@@ -824,11 +926,15 @@ def _close(self:Recorder):
     if not self.stepped: self._skip()      # every gradient was None
     else:
         stepped = sorted(self.stepped)
+        ids, weights, states = zip(*self.pending)
         line = dict(step=self.step, groups=sum(self.groups, []), stepped=stepped, count=list(self.count),
-                    deviation=[self.deviation[i] for i in stepped])
+                    deviation=[self.deviation[i] for i in stepped], training=self.training)
         if self.scale: line["scale"] = self.scale
         if self.skipped: line["skipped"] = self.skipped
-        self.store.append(line, self.mirror, *map(torch.cat, zip(*self.pending)))
+        if len(ids) > 1: line["calls"] = list(map(len, ids))
+        if self.drawn: line["random"] = True
+        random = dict(random=torch.stack(states)) if self.drawn else {}
+        self.store.append(line, self.mirror | random, torch.cat(ids), torch.cat(weights))
         self.step += 1
         self.skipped = []
         self._forget()
@@ -851,7 +957,7 @@ def __exit__(self:Recorder, kind, *_):
         self._skip()
         self.store.close([dict(skipped=self.skipped)] if self.skipped else [])
 
-# %% ../nbs/03_history.ipynb #71823768
+# %% ../nbs/03_history.ipynb #06372454
 class Indexed(torch.utils.data.Dataset):
     "A dataset whose items begin with their index: `(i, *item)`."
     def __init__(self, dataset): self.dataset = dataset

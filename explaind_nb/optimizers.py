@@ -5,26 +5,64 @@
 # %% auto #0
 __all__ = ['LinearStep', 'SGDStep', 'AdamStep', 'AdamWStep', 'register', 'linear_step_class', 'kind_of', 'step_class_of']
 
-# %% ../nbs/02_optimizers.ipynb #a5a445d9
+# %% ../nbs/02_optimizers.ipynb #ac4071f5
 import math
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-# %% ../nbs/02_optimizers.ipynb #49d8dc7f
+# %% ../nbs/02_optimizers.ipynb #8f2c790c
 class LinearStep:
     "One parameter tensor at one recorded step, coefficients frozen: $(state, g) \\mapsto (\\Delta, state')$ and its transpose."
-    names = ()   # hyper-parameters that the linear map needs
+    names = ()          # hyper-parameters that the linear map needs
+    before_keys = ()    # what it needs as it was before the step: optimizer tensors, or "theta"
+    elementwise = True  # no entry acts on another: tensors with the same hyper-parameters can be strung together
+    spoils_grad = False # its optimizer writes into `p.grad` while it steps
+    slack = 1e-5        # how far the recorded displacement may be from the linear one, relative to its largest entry
+    state = None        # the recorded linear state after the step; None: the optimizer has no memory
     def __init__(self,
-                 hyper: dict,  # hyper-parameters as they were used in this step: floats and bools
-                 count: int,   # how many steps this parameter has taken, this one included
-                 rec: dict,    # optimizer tensors recorded after the step, each of the parameter's shape
+                 hyper: dict,         # hyper-parameters as they were used in this step: floats and bools
+                 count: int,          # how many steps this parameter has taken, this one included
+                 rec: dict,           # optimizer tensors recorded after the step, and "grad" (`p.grad`) if it is among `state_keys`
+                 before: dict = None, # the tensors named in `before_keys` as they were before the step; absent ones did not exist
                 ):
-        self.hyper, self.count, self.rec = hyper, count, rec
+        self.hyper, self.count, self.rec, self.before = hyper, count, rec, before or {}
         self.lr, self.sign = hyper["lr"], -1. if hyper.get("maximize") else 1.
     @classmethod
     def hyper_of(cls, group: dict) -> dict:
         "The JSON-able hyper-parameters of an optimizer's parameter group, tensors turned into numbers."
         return {k: _plain(group[k]) for k in cls.names if k in group}
+    @classmethod
+    def state_keys(cls, group: dict) -> list:
+        "The tensors to record after a step: entries of the optimizer's state, or \"grad\", the gradient."
+        return ["grad"]
+    def forward(self,
+                state,      # linear state before the step; None: there was none yet
+                g: Tensor,  # what enters, in units of `p.grad`
+               ) -> tuple:  # displacement, linear state after the step
+        "The linear map of the step."
+        raise NotImplementedError(f"{type(self).__name__} lacks forward(state, g) -> (displacement, new state).")
+    def transpose(self,
+                  phi: Tensor,   # cotangent of the displacement
+                  carry=None,    # cotangent of the state after the step; None: zero
+                 ) -> tuple:     # cotangents of `p.grad` and of the state before the step
+        "The transposed map; by autograd, for any `forward`."
+        if (shape := self.forward(None, torch.zeros_like(phi))[1]) is None: carry = None
+        x, (outs, cots) = self._inputs(phi, shape), ([], [])
+        with torch.enable_grad(): delta, after = self.forward(x[1], x[0])
+        for out, cot in zip([delta, *_leaves(after)], [phi, *(_leaves(carry) or [torch.zeros_like(phi)] * len(_leaves(after)))]):
+            if out.requires_grad: outs.append(out); cots.append(cot.to(out))
+        grads = iter(torch.autograd.grad(outs, _leaves(x), cots, allow_unused=True))
+        return tree_map(lambda o: None if o is None else _or_zero(next(grads), o), x)
+    def _inputs(self, like, shape):
+        "A gradient and a state of zeros to differentiate by."
+        zero = lambda _: torch.zeros_like(like, requires_grad=True)
+        return zero(like), None if shape is None else tree_map(zero, shape)
+    def gradient(self, state_prev, theta):
+        "The gradient `p.grad` of the step; recovered from the recorded states where they tell it."
+        return self.rec["grad"]
+    @property
+    def decouples(self): return False
     def coupled(self, theta):
         "Weight-decay gradient that joins the loss gradient (in units of `p.grad`), or None."
         wd = self.hyper.get("weight_decay", 0)
@@ -33,8 +71,6 @@ class LinearStep:
         "Displacement that weight decay causes by itself, or None."
         wd = self.hyper.get("weight_decay", 0)
         return -self.lr * wd * theta if wd and self.decouples else None
-    @property
-    def decouples(self): return False
     def couple(self, g, theta):
         "Everything that enters the linear map: the loss gradient and the coupled decay."
         wd = self.coupled(theta)
@@ -52,12 +88,15 @@ class LinearStep:
         out, direct = self.forward(state_prev, self.couple(g, theta))[0], self.decoupled(theta)
         return out if direct is None else out + direct
 
+def _leaves(state): return [o for o in tree_leaves(state) if o is not None]
+def _or_zero(g, like): return torch.zeros_like(like) if g is None else g
+
 def _plain(x):
     "A hyper-parameter as JSON can hold it."
     if isinstance(x, Tensor): return x.item()
     return [_plain(o) for o in x] if isinstance(x, (tuple, list)) else x
 
-# %% ../nbs/02_optimizers.ipynb #99a4a78e
+# %% ../nbs/02_optimizers.ipynb #71d57806
 class SGDStep(LinearStep):
     "`torch.optim.SGD`: momentum, dampening, Nesterov, coupled weight decay, maximize."
     names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
@@ -86,7 +125,7 @@ class SGDStep(LinearStep):
         prev = 0. if state_prev is None or self.count == 1 else self.mu * state_prev
         return self.uncouple(self.sign * (self.state - prev) / self.keep, theta)
 
-# %% ../nbs/02_optimizers.ipynb #4874e83a
+# %% ../nbs/02_optimizers.ipynb #2c1cb426
 class AdamStep(LinearStep):
     "`torch.optim.Adam` (coupled decay) and `torch.optim.AdamW` (decoupled), with AMSGrad and maximize."
     names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
@@ -121,7 +160,7 @@ class AdamWStep(AdamStep):
     @property
     def decouples(self): return self.hyper.get("decoupled_weight_decay", True)
 
-# %% ../nbs/02_optimizers.ipynb #67c29120
+# %% ../nbs/02_optimizers.ipynb #25f49216
 _known = {torch.optim.SGD: SGDStep, torch.optim.Adam: AdamStep, torch.optim.AdamW: AdamWStep}
 
 def register(optimizer_class: type, # a `torch.optim.Optimizer` subclass
@@ -130,12 +169,19 @@ def register(optimizer_class: type, # a `torch.optim.Optimizer` subclass
     "Make recordings of `optimizer_class` possible."
     _known[optimizer_class] = step_class
 
+_refused = dict(
+    LBFGS="its direction is built from inner products of past gradients and its line search evaluates the loss several times: no map of it is linear in the gradients of samples",
+    SparseAdam="it steps on sparse gradients; build the layers with sparse=False and take Adam",
+    SAM="the gradient it uses was taken at a perturbed point, which the recording does not hold",
+    SophiaG="its curvature estimate comes from a second batch, which the recording does not hold")
+
 def linear_step_class(optimizer) -> type:
     "The `LinearStep` subclass for an optimizer. Raises `TypeError` for one that is not known."
     if type(optimizer) in _known: return _known[type(optimizer)]
+    if (why := _refused.get(type(optimizer).__name__)): raise TypeError(f"{type(optimizer).__name__} cannot be explained: {why}.")
     names = ", ".join(c.__name__ for c in _known)
     raise TypeError(f"{type(optimizer).__name__} is not a supported optimizer (supported: {names}). Describe its step by a subclass of "
-                    "LinearStep (forward, transpose, gradient, state_keys) and call explaind_nb.optimizers.register(YourOptimizer, YourStep).")
+                    "LinearStep (forward, names, state_keys) and call explaind_nb.optimizers.register(YourOptimizer, YourStep).")
 
 def kind_of(step_class: type) -> str:
     "The name under which a step class is written to disk."
