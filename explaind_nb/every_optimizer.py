@@ -6,19 +6,19 @@
 __all__ = ['DiagonalStep', 'AdagradStep', 'AdadeltaStep', 'ASGDStep', 'RpropStep', 'AdafactorStep', 'AdamaxStep', 'RAdamStep',
            'NAdamStep', 'RMSpropStep', 'MuonStep', 'LionStep', 'ScheduleFreeStep']
 
-# %% ../nbs/02a_every_optimizer.ipynb #a688d2aa
+# %% ../nbs/02a_every_optimizer.ipynb #3583c1e8
 import math
 from functools import cached_property
 import torch
 from torch import Tensor
 from .optimizers import LinearStep, AdamStep, register
 
-# %% ../nbs/02a_every_optimizer.ipynb #f31de78e
+# %% ../nbs/02a_every_optimizer.ipynb #50c65dfa
 def _still(gain, *signals):
     "A diagonal, set to 0 where all the signals are 0: such entries did not move."
     return gain.masked_fill(sum(o.abs() for o in signals) == 0, 0.)
 
-# %% ../nbs/02a_every_optimizer.ipynb #241e6cec
+# %% ../nbs/02a_every_optimizer.ipynb #0014d7c8
 class DiagonalStep(LinearStep):
     "A step without memory: each entry of the gradient times a frozen number, `gain`."
     def forward(self, state, g): return self.gain * (self.sign * g), state
@@ -27,8 +27,7 @@ class DiagonalStep(LinearStep):
 class AdagradStep(DiagonalStep):
     "`torch.optim.Adagrad`: the gradient over the root of the sum of its squares, at a decaying rate."
     names = ("lr", "lr_decay", "eps", "weight_decay", "maximize")
-    @classmethod
-    def state_keys(cls, group): return ["grad", "sum"]
+    keys = ("grad", "sum")
     @property
     def gain(self):
         rate = self.lr / (1 + (self.count - 1) * self.hyper["lr_decay"])
@@ -38,14 +37,13 @@ class AdadeltaStep(DiagonalStep):
     "`torch.optim.Adadelta`: scaled by the displacements so far, hence `acc_delta` as it was before the step."
     names = ("lr", "rho", "eps", "weight_decay", "maximize")
     before_keys = ("acc_delta",)
-    @classmethod
-    def state_keys(cls, group): return ["grad", "square_avg"]
+    keys = ("grad", "square_avg")
     @property
     def gain(self):
         moved, eps = self.before.get("acc_delta", 0.), self.hyper["eps"]
         return -self.lr * ((moved + eps) / (self.rec["square_avg"] + eps))**0.5
 
-# %% ../nbs/02a_every_optimizer.ipynb #08edc2df
+# %% ../nbs/02a_every_optimizer.ipynb #c6157218
 class ASGDStep(DiagonalStep):
     "`torch.optim.ASGD`: plain steps at a rate that was set in the step before; `lambd` decays directly."
     names = ("lr", "lambd", "weight_decay", "maximize")
@@ -57,8 +55,7 @@ class ASGDStep(DiagonalStep):
 class RpropStep(DiagonalStep):
     "`torch.optim.Rprop`: every entry moves by its own step size along the gradient's sign; at rest where that flips."
     names = ("lr", "maximize")
-    @classmethod
-    def state_keys(cls, group): return ["grad", "step_size", "prev"]
+    keys = ("grad", "step_size", "prev")
     @property
     def gain(self):
         used = self.rec["prev"]    # this step's gradient, 0 where its sign flipped
@@ -73,8 +70,7 @@ class AdafactorStep(DiagonalStep):
         eps1, eps2 = group["eps"]
         if eps1 is None: eps1 = torch.finfo(group["params"][0].dtype).eps
         return dict(super().hyper_of(group), eps=[eps1, eps2])
-    @classmethod
-    def state_keys(cls, group): return ["grad", "row_var", "col_var", "variance"]
+    keys = ("grad", "row_var", "col_var", "variance")
     @property
     def variance(self):
         if "variance" in self.rec: return self.rec["variance"]
@@ -89,20 +85,17 @@ class AdafactorStep(DiagonalStep):
 
 def _rms(x): return x.norm() / x.numel()**0.5
 
-# %% ../nbs/02a_every_optimizer.ipynb #b3b25a19
+# %% ../nbs/02a_every_optimizer.ipynb #fd6c7421
 class AdamaxStep(AdamStep):
     "`torch.optim.Adamax`: momentum over the decaying maximum of the gradient's magnitude."
     names = ("lr", "betas", "eps", "weight_decay", "maximize")
-    @classmethod
-    def state_keys(cls, group): return ["exp_avg", "exp_inf"]
+    keys = ("exp_avg", "exp_inf")
     @property
     def gain(self): return _still(-self.lr / (1 - self.beta1**self.count) / self.rec["exp_inf"], self.state)
 
 class RAdamStep(AdamStep):
     "`torch.optim.RAdam`: plain momentum in the first steps, then Adam with a rectified rate."
     names = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
-    @classmethod
-    def state_keys(cls, group): return ["exp_avg", "exp_avg_sq"]
     @property
     def gain(self):
         v, n, beta2 = self.rec["exp_avg_sq"], self.count, self.hyper["betas"][1]
@@ -115,8 +108,7 @@ class RAdamStep(AdamStep):
 class NAdamStep(RAdamStep):
     "`torch.optim.NAdam`: one tap on the momentum (`gain`) and one on the gradient (`direct`)."
     names = (*RAdamStep.names, "momentum_decay")
-    @classmethod
-    def state_keys(cls, group): return ["exp_avg", "exp_avg_sq", "mu_product"]
+    keys = ("exp_avg", "exp_avg_sq", "mu_product")
     def mu(self, n): return self.beta1 * (1 - 0.5 * 0.96**(n * self.hyper["momentum_decay"]))
     @property
     def preconditioner(self):
@@ -135,7 +127,7 @@ class NAdamStep(RAdamStep):
         psi, back = super().transpose(phi, carry)
         return psi + self.sign * self.direct * phi, back
 
-# %% ../nbs/02a_every_optimizer.ipynb #b206c1c4
+# %% ../nbs/02a_every_optimizer.ipynb #0304334c
 class RMSpropStep(LinearStep):
     "`torch.optim.RMSprop`: preconditioned gradients (centred or not), with momentum or without."
     names = ("lr", "alpha", "eps", "momentum", "centered", "weight_decay", "maximize")
@@ -160,7 +152,7 @@ class RMSpropStep(LinearStep):
         c = -self.lr * phi + (0. if carry is None else carry)
         return self.preconditioner * c, self.hyper["momentum"] * c
 
-# %% ../nbs/02a_every_optimizer.ipynb #bdf55d19
+# %% ../nbs/02a_every_optimizer.ipynb #1e008f17
 def _orthogonalizer(x, coefficients, steps, eps):
     "The matrix M, a polynomial in x xᵀ, with M x = the Newton-Schulz iterate of x; 0 if x is."
     a, b, c = coefficients
@@ -177,8 +169,7 @@ class MuonStep(LinearStep):
     names = ("lr", "momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "weight_decay")
     before_keys, elementwise, decouples = ("momentum_buffer",), False, True
     slack = 2.    # bfloat16 inside torch's step
-    @classmethod
-    def state_keys(cls, group): return ["momentum_buffer"]
+    keys = ("momentum_buffer",)
     @property
     def state(self): return self.rec["momentum_buffer"]
     @property
@@ -212,19 +203,18 @@ class MuonStep(LinearStep):
     def gradient(self, state_prev, theta):
         return (self.state - (0. if state_prev is None else self.mu * state_prev)) / (1 - self.mu)
 
-# %% ../nbs/02a_every_optimizer.ipynb #9496f7f8
+# %% ../nbs/02a_every_optimizer.ipynb #024469c6
 for _name, _step in dict(Adagrad=AdagradStep, Adadelta=AdadeltaStep, ASGD=ASGDStep, Rprop=RpropStep,
                          Adafactor=AdafactorStep, Adamax=AdamaxStep, RAdam=RAdamStep, NAdam=NAdamStep,
                          RMSprop=RMSpropStep, Muon=MuonStep).items():
     if hasattr(torch.optim, _name): register(getattr(torch.optim, _name), _step)
 
-# %% ../nbs/02a_every_optimizer.ipynb #e8593a4d
+# %% ../nbs/02a_every_optimizer.ipynb #104aa28a
 class LionStep(LinearStep):
     "Lion: the sign of a look-ahead is that look-ahead over its frozen magnitude. To be registered for your Lion."
     names = ("lr", "betas", "weight_decay")
     before_keys, decouples = ("exp_avg",), True
-    @classmethod
-    def state_keys(cls, group): return ["grad", "exp_avg"]
+    keys = ("grad", "exp_avg")
     @property
     def state(self): return self.rec["exp_avg"]
     def mix(self, beta, m, g): return (1 - beta) * g + (0. if m is None else beta * m)
@@ -240,7 +230,7 @@ class LionStep(LinearStep):
         if carry is None: return (1 - beta1) * c, beta1 * c
         return (1 - beta1) * c + (1 - beta2) * carry, beta1 * c + beta2 * carry
 
-# %% ../nbs/02a_every_optimizer.ipynb #66ef972e
+# %% ../nbs/02a_every_optimizer.ipynb #67057917
 class ScheduleFreeStep(LinearStep):
     "Schedule-free AdamW, recorded at the training point y; the state is z - y. To be registered for your class."
     spoils_grad = True
@@ -253,8 +243,7 @@ class ScheduleFreeStep(LinearStep):
         total = group["weight_sum"] + weight
         kept = dict(betas=list(group["betas"]), eps=group["eps"], weight_decay=group["weight_decay"])
         return dict(kept, lr=lr, n=n, c=weight / total if total else 0.)
-    @classmethod
-    def state_keys(cls, group): return ["grad", "theta", "z", "exp_avg_sq"]
+    keys = ("grad", "theta", "z", "exp_avg_sq")
     @property
     def state(self): return self.rec["z"] - self.rec["theta"]
     @cached_property

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['LinearStep', 'SGDStep', 'AdamStep', 'AdamWStep', 'register', 'linear_step_class', 'kind_of', 'step_class_of']
 
-# %% ../nbs/02_optimizers.ipynb #ac4071f5
+# %% ../nbs/02_optimizers.ipynb #6e2ad12a
 import math
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-# %% ../nbs/02_optimizers.ipynb #8f2c790c
+# %% ../nbs/02_optimizers.ipynb #849b6f57
 class LinearStep:
     "One parameter tensor at one recorded step, coefficients frozen: $(state, g) \\mapsto (\\Delta, state')$ and its transpose."
     names = ()          # hyper-parameters that the linear map needs
+    keys = ("grad",)    # what it needs as it was after the step: optimizer tensors, "grad" (the gradient that was used), or "theta"
     before_keys = ()    # what it needs as it was before the step: optimizer tensors, or "theta"
     elementwise = True  # no entry acts on another: tensors with the same hyper-parameters can be strung together
     spoils_grad = False # its optimizer writes into `p.grad` while it steps
@@ -23,7 +24,7 @@ class LinearStep:
     def __init__(self,
                  hyper: dict,         # hyper-parameters as they were used in this step: floats and bools
                  count: int,          # how many steps this parameter has taken, this one included
-                 rec: dict,           # optimizer tensors recorded after the step, and "grad" (`p.grad`) if it is among `state_keys`
+                 rec: dict,           # optimizer tensors recorded after the step, and "grad" (`p.grad`) if it is among `keys`
                  before: dict = None, # the tensors named in `before_keys` as they were before the step; absent ones did not exist
                 ):
         self.hyper, self.count, self.rec, self.before = hyper, count, rec, before or {}
@@ -34,8 +35,8 @@ class LinearStep:
         return {k: _plain(group[k]) for k in cls.names if k in group}
     @classmethod
     def state_keys(cls, group: dict) -> list:
-        "The tensors to record after a step: entries of the optimizer's state, or \"grad\", the gradient."
-        return ["grad"]
+        "The tensors to record after a step with a group's settings."
+        return list(cls.keys)
     def forward(self,
                 state,      # linear state before the step; None: there was none yet
                 g: Tensor,  # what enters, in units of `p.grad`
@@ -96,7 +97,7 @@ def _plain(x):
     if isinstance(x, Tensor): return x.item()
     return [_plain(o) for o in x] if isinstance(x, (tuple, list)) else x
 
-# %% ../nbs/02_optimizers.ipynb #71d57806
+# %% ../nbs/02_optimizers.ipynb #611225ef
 class SGDStep(LinearStep):
     "`torch.optim.SGD`: momentum, dampening, Nesterov, coupled weight decay, maximize."
     names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
@@ -125,12 +126,13 @@ class SGDStep(LinearStep):
         prev = 0. if state_prev is None or self.count == 1 else self.mu * state_prev
         return self.uncouple(self.sign * (self.state - prev) / self.keep, theta)
 
-# %% ../nbs/02_optimizers.ipynb #2c1cb426
+# %% ../nbs/02_optimizers.ipynb #0a3df0db
 class AdamStep(LinearStep):
     "`torch.optim.Adam` (coupled decay) and `torch.optim.AdamW` (decoupled), with AMSGrad and maximize."
     names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+    keys = ("exp_avg", "exp_avg_sq")
     @classmethod
-    def state_keys(cls, group): return ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
+    def state_keys(cls, group): return [*cls.keys, *["max_exp_avg_sq"] * bool(group.get("amsgrad"))]
     @property
     def decouples(self): return bool(self.hyper.get("decoupled_weight_decay"))
     @property
@@ -160,7 +162,7 @@ class AdamWStep(AdamStep):
     @property
     def decouples(self): return self.hyper.get("decoupled_weight_decay", True)
 
-# %% ../nbs/02_optimizers.ipynb #25f49216
+# %% ../nbs/02_optimizers.ipynb #770beda0
 _known = {torch.optim.SGD: SGDStep, torch.optim.Adam: AdamStep, torch.optim.AdamW: AdamWStep}
 
 def register(optimizer_class: type, # a `torch.optim.Optimizer` subclass
@@ -181,7 +183,7 @@ def linear_step_class(optimizer) -> type:
     if (why := _refused.get(type(optimizer).__name__)): raise TypeError(f"{type(optimizer).__name__} cannot be explained: {why}.")
     names = ", ".join(c.__name__ for c in _known)
     raise TypeError(f"{type(optimizer).__name__} is not a supported optimizer (supported: {names}). Describe its step by a subclass of "
-                    "LinearStep (forward, names, state_keys) and call explaind_nb.optimizers.register(YourOptimizer, YourStep).")
+                    "LinearStep (names, keys, forward) and call explaind_nb.optimizers.register(YourOptimizer, YourStep).")
 
 def kind_of(step_class: type) -> str:
     "The name under which a step class is written to disk."
