@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'PARTS', 'Layout', 'Probe', 'Move', 'Streams', 'Kept', 'Query', 'Samples', 'Tails', 'Unrolled', 'explain',
            'total', 'save', 'load', 'reconstruct', 'Forward']
 
-# %% ../nbs/06_kernel.ipynb #46859cd4
+# %% ../nbs/06_kernel.ipynb #de17fa80
 import copy, math, os, time, warnings
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +23,7 @@ from .quadrature import line_integral, first_guess, complete as spread
 from .unrolled import pullback, unclip
 from .contraction import BUDGET, Contraction, components, plain_kernels
 
-# %% ../nbs/06_kernel.ipynb #52e24e1a
+# %% ../nbs/06_kernel.ipynb #58e7bb86
 class Layout:
     "Names, shapes and places of the parameters in one flat vector of length D."
     def __init__(self,
@@ -46,7 +46,7 @@ class Layout:
 
 def _only(tensors, names): return {k: tensors[k] for k in names}
 
-# %% ../nbs/06_kernel.ipynb #71b0415b
+# %% ../nbs/06_kernel.ipynb #f67fc78e
 class Probe:
     "A private copy of the model, movable along the path, with the target's values and gradients."
     def __init__(self, model, target, layout, device, dtype, summed):
@@ -90,7 +90,7 @@ def _vjps(out, params, chunk=32):
     for rows in torch.eye(len(out), dtype=out.dtype, device=out.device).split(chunk):
         yield rows, torch.autograd.grad(out, params, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
 
-# %% ../nbs/06_kernel.ipynb #8d60171c
+# %% ../nbs/06_kernel.ipynb #2b967a2d
 class Move:
     "One recorded step as flat vectors: `theta`, `delta`, the linear steps, the recorded gradient; `point` and `shift` of the explained weights."
     def __init__(self, history, s, layout, route, after=None):
@@ -134,7 +134,7 @@ class Move:
         each = lambda c, x: sum(a * b for a, b in zip(tree_leaves(c), tree_leaves(x)))
         return self.layout.flat({k: each(c, state[k]) for k, c in carry.items() if k in state}, (K,))
 
-# %% ../nbs/06_kernel.ipynb #9c3ca057
+# %% ../nbs/06_kernel.ipynb #8de4c340
 class Streams:
     "Forward streams through the frozen optimizer: how much of each displacement is the samples', weight decay's, the warm start's and rounding's."
     def __init__(self, route, start):
@@ -152,7 +152,7 @@ class Streams:
         decay, initial = move.layout.flat(decay), move.layout.flat(initial)
         return self.lag(move.s, dict(data=linear - decay - initial, decay=decay, initial=initial, rounding=move.delta - linear))
 
-# %% ../nbs/06_kernel.ipynb #d440eca5
+# %% ../nbs/06_kernel.ipynb #e083f8a1
 def _window(steps, n):
     "First step, end, and the window edges of the step axis."
     if n == 0: raise ValueError("No steps are recorded yet: they are written when the `with Recorder(...)` block ends.")
@@ -163,7 +163,7 @@ def _window(steps, n):
     a, b, width = r.start, r.stop, r.step
     return a, b, width
 
-# %% ../nbs/06_kernel.ipynb #38b3a6e2
+# %% ../nbs/06_kernel.ipynb #e8710875
 AXES = ("target", "step", "component", "sample")
 
 class Kept:
@@ -182,7 +182,7 @@ class Kept:
     def array(self):
         return self.keep, self.x.squeeze(tuple(i for i, a in enumerate(AXES) if a not in self.keep)).numpy()
 
-# %% ../nbs/06_kernel.ipynb #8d9ccb49
+# %% ../nbs/06_kernel.ipynb #0534ad30
 def _check_arguments(keep, rule, nodes, tol, dtype):
     if isinstance(keep, str) or not isinstance(keep, (tuple, list, set)): raise TypeError(f"keep is a tuple of axes, like ('sample',), not {keep!r}.")
     if bad := set(keep) - set(AXES): raise ValueError(f"Unknown axes {sorted(bad)}: keep takes some of {AXES}.")
@@ -271,7 +271,7 @@ def _component_of(layout, comps):
         out[place] = index if isinstance(index, int) else torch.as_tensor(index).repeat_interleave(size // len(index))
     return out
 
-# %% ../nbs/06_kernel.ipynb #a15291bb
+# %% ../nbs/06_kernel.ipynb #3c7f6d4b
 def _mismatch(recorded, revisited):
     "Relative distance of two gradients, and the factor that would fit best."
     size = recorded.norm()
@@ -279,10 +279,10 @@ def _mismatch(recorded, revisited):
     return ((recorded - revisited).norm() / size).item(), (recorded @ revisited / revisited.square().sum().clamp_min(1e-300)).item()
 
 def _loss_scale(recorded, scaled, factors):
-    "What a gradient scaler had multiplied the loss by, if the weights of the batch do not hold it; 1 if nothing fits better."
+    "What a gradient scaler had multiplied the loss by, if the weights of the batch do not hold it: what fits best."
     fit = (recorded @ scaled / scaled.square().sum().clamp_min(1e-300)).item()
     guesses = [1 / c for c in factors if isinstance(c, float) and c] + ([2.**round(math.log2(fit))] if fit > 1.5 else [])
-    return next((c for c in [1., *guesses] if _mismatch(recorded, c * scaled)[0] <= 1e-2), 1.) if factors else 1.
+    return min([1., *guesses], key=lambda c: _mismatch(recorded, c * scaled)[0]) if factors else 1.
 
 def _check_gradient(s, recorded, revisited, tol=1e-2):
     "Is the recorded gradient the revisited one? Raises `ValueError` if not."
@@ -297,7 +297,7 @@ def _check_gradient(s, recorded, revisited, tol=1e-2):
            "and a loop under autocast needs it inside the loss")
     raise ValueError(f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}.")
 
-# %% ../nbs/06_kernel.ipynb #c2ff488e
+# %% ../nbs/06_kernel.ipynb #b5d0b334
 class Samples:
     "Revisits training batches: contracts `psi` with the gradients of single samples."
     def __init__(self, query, loss, data, engine, samples, penalty):
@@ -338,13 +338,13 @@ class Samples:
     def revisit(self, s, psi):
         "Scores [T, C, B] of the step's batch and its gradient, in the mode and with the random numbers of the run."
         with _in_mode(self.q.probe.model, self.q.history.training(s)):
-            scores, grads = zip(*(self.contract(ids, weights, psi, *([replay] if replay else [])) for ids, weights, replay in self.calls(s)))
+            scores, grads = zip(*(self.contract(ids, weights, psi, replay=replay) for ids, weights, replay in self.calls(s)))
         return torch.cat(scores, -1), {k: sum(g[k] for g in grads) for k in grads[0]}
     def check(self, s):
         "Before the sweep: the loss is per sample and uncoupled, and this step's gradient is the recorded one."
         move = self.q.move(s); self.q.probe.move(move.theta)
         ids, _, replay = self.calls(s)[0]
-        with _in_mode(self.q.probe.model, self.q.history.training(s)): self.contract.check(ids, *([replay] if replay else []))
+        with _in_mode(self.q.probe.model, self.q.history.training(s)): self.contract.check(ids, replay=replay)
         scaled, times = self.used(move)
         _check_gradient(s, move.gradient, times * scaled)
     def used(self, move):
@@ -403,7 +403,7 @@ def _groups(samples, ids):
     except TypeError: raise TypeError("samples= needs a label (a string or a number) for every sample.") from None
     return labels, torch.as_tensor(group)
 
-# %% ../nbs/06_kernel.ipynb #ef0fa12b
+# %% ../nbs/06_kernel.ipynb #55658768
 class Tails:
     "What later steps send back to the one at hand, for every window that still gets something: T rows each."
     def __init__(self, T): self.T, self.keys, self.carry, self.chi, self.peak = T, [], {}, None, None
@@ -435,7 +435,7 @@ class Tails:
         self.chi, self.carry, self.peak = keep(self.chi), tree_map(keep, self.carry), self.peak[alive]
         self.keys = [self.keys[l] for l in alive]
 
-# %% ../nbs/06_kernel.ipynb #66475982
+# %% ../nbs/06_kernel.ipynb #14f81832
 def _sweep(q, samples, out, by_update, bar):
     "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline, prediction and the largest gradient mismatch."
     f_start, f_end = q.ends(q.probe.values)
@@ -474,7 +474,7 @@ def _warn_rounding(result):
     if lost > .05 * change: warnings.warn(f"The linear steps do not account for displacements that changed the target by {float(lost):.2g} (`rounding`; the whole change is {float(change):.2g}): "
                                           "the optimizer computes in low precision (Muon in bfloat16), or the parameters are in float32 and hardly moved.", stacklevel=3)
 
-# %% ../nbs/06_kernel.ipynb #e4e01749
+# %% ../nbs/06_kernel.ipynb #311bcdfa
 def _march(q, out, bar):
     "Walk the steps forwards for component x update step; fill `out`. Returns baseline and prediction."
     f_start, f_end = q.ends(q.probe.values)
@@ -491,7 +491,7 @@ def _march(q, out, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #1c090da2
+# %% ../nbs/06_kernel.ipynb #2ef8f477
 class Unrolled:
     "Costates of the parameters and the optimizer's tensors, walked back step by step."
     def __init__(self, q, samples):
@@ -563,7 +563,7 @@ def _unroll(q, samples, out, bar):
         bar.update()
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #68ae9744
+# %% ../nbs/06_kernel.ipynb #9491ae2c
 PARTS = ("data", "decay", "penalty", "initial", "residual")   # these and the baseline add up to the prediction
 
 def explain(path,                   # directory of a recorded run, or an open `History`
@@ -657,7 +657,7 @@ def _versions(q):
     return dict(explaind_nb=__version__, torch=str(torch.__version__), device=str(q.device), dtype=str(q.dtype).removeprefix("torch."),
                 start=q.start, stop=q.stop, path=str(q.history.path))
 
-# %% ../nbs/06_kernel.ipynb #e3b1e463
+# %% ../nbs/06_kernel.ipynb #eec11638
 def _dataset(q, out, ends, seen):
     f_start, f_end, worst = ends
     ds = xr.Dataset({k: v.array() for k, v in out.items()})
@@ -693,7 +693,7 @@ def load(path) -> xr.Dataset:
     "Read what `save` wrote."
     return xr.load_dataset(path, engine="h5netcdf")
 
-# %% ../nbs/06_kernel.ipynb #012952e3
+# %% ../nbs/06_kernel.ipynb #f969506f
 def reconstruct(path,                    # directory of a recorded run, or an open `History`
                 model: nn.Module,        # the network that was trained
                 fn,                      # `fn(model) -> Tensor` of any shape: all outputs at once

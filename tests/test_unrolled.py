@@ -22,7 +22,8 @@ PENALTY = lambda m: .01 * sum(p.square().sum() ** 2 for p in m.parameters())
 
 def train(make, weights, path=None, clip=None, penalty=None, average=None, dropout=0., decays=None):
     "The run with given sample weights, recorded if there is a path; the target at its end."
-    model = CASE.make(); optimizer = make(model.parameters())
+    model = model_with(dropout); optimizer = make(model.parameters())
+    torch.manual_seed(3)
     mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(.8)) if average else None
     recorder = Recorder(model, optimizer, path).__enter__() if path else None
     for s, (ids, w) in enumerate(zip(RUN, weights)):
@@ -34,7 +35,13 @@ def train(make, weights, path=None, clip=None, penalty=None, average=None, dropo
         optimizer.step(); optimizer.zero_grad()
         if mean: mean.update_parameters(model)
     if recorder: recorder.__exit__(None, None, None)
-    return CASE.target(mean.module if mean else model).detach()
+    return CASE.target((mean.module if mean else model).eval()).detach()
+
+
+def model_with(dropout):
+    model = CASE.make()
+    if dropout: model.body.insert(2, torch.nn.Dropout(dropout))
+    return model
 
 
 def even(): return [torch.full((len(b),), 1 / len(b), dtype=torch.float64) for b in RUN]
@@ -49,13 +56,13 @@ def differences(make, s, k, h=1e-6, **kwargs):
     return (ends[0] - ends[1]) / (2 * h)
 
 
-def derivatives(path, **kwargs):
-    return explain(path, CASE.make(), CASE.data, CASE.loss, CASE.target, sweep="unrolled", progress=False, **kwargs)
+def derivatives(path, dropout=0., **kwargs):
+    return explain(path, model_with(dropout).eval(), CASE.data, CASE.loss, CASE.target, sweep="unrolled", progress=False, **kwargs)
 
 
 def check(make, path, tol=1e-6, average=None, penalty=None, **kwargs):
     end = train(make, even(), path, average=average, penalty=penalty, **kwargs)
-    result = derivatives(path, average=average, penalty=penalty)
+    result = derivatives(path, kwargs.get("dropout", 0.), average=average, penalty=penalty)
     assert np.allclose(result.prediction, end, atol=1e-13) and result.sweep == "unrolled" and "residual" not in result
     got = result.data.sum("component").transpose("step", "sample", "target").values
     size = abs(got).max()
@@ -87,6 +94,12 @@ def test_clipping(tmp_path, optimizer, name):
 @pytest.mark.parametrize("optimizer", ["momentum", "adam_l2", "adamw"])
 def test_average_and_penalty(tmp_path, optimizer):
     check(OPTIMIZERS[optimizer], tmp_path / "a", average=ema(.8), penalty=PENALTY)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_dropout_and_clipping(tmp_path, optimizer):
+    "The masks of the run, in the Hessian too."
+    check(OPTIMIZERS[optimizer], tmp_path, dropout=.4, clip=lambda m: torch.nn.utils.clip_grad_norm_(m.parameters(), .3))
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam_l2", "adamw"])

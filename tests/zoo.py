@@ -119,10 +119,63 @@ class Transformer(nn.Module):
 
 class Attention(nn.Module):
     "A block around `nn.MultiheadAttention`, whose output projection is a module that nobody calls"
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.attention, self.mlp = nn.MultiheadAttention(6, 2, batch_first=batch_first), nn.Linear(6, 6)
+        self.batch_first = batch_first
+    def forward(self, x):
+        if not self.batch_first: x = x.transpose(0, 1)
+        x = x + self.mlp(x + self.attention(x, x, x)[0])
+        return x if self.batch_first else x.transpose(0, 1)
+
+
+class Cross(nn.Module):
+    "Attention of queries to other keys and values, with widths of their own, so that `nn.MultiheadAttention` keeps three matrices"
     def __init__(self):
         super().__init__()
-        self.attention, self.mlp = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 6)
-    def forward(self, x): return x + self.mlp(x + self.attention(x, x, x)[0])
+        self.key, self.value, self.head = nn.Linear(5, 3), nn.Linear(5, 4), nn.Linear(6, CLASSES)
+        self.query = nn.Parameter(torch.randn(2, 5, 6))
+        self.attention = nn.MultiheadAttention(6, 2, kdim=3, vdim=4, batch_first=True, add_bias_kv=True)
+        self.lift = nn.Linear(5, 6)
+    def forward(self, x):
+        q = self.lift(x[:, :2]) + self.query[:, :1].transpose(0, 1)
+        return self.head(self.attention(q, self.key(x), self.value(x))[0].tanh().mean(1))
+
+
+class CrossPacked(nn.Module):
+    "Attention with one packed matrix for three different inputs, or two: its blocks of rows; sequence first"
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(5, 1), nn.Linear(5, CLASSES)
+    def forward(self, x):
+        x = x.transpose(0, 1)                                             # [S, B, d]
+        h = self.attention(x[:2], x.cumsum(0), x)[0]
+        return self.head(self.attention(h, x.tanh(), x.tanh())[0].sum(0).tanh())
+
+
+class Adapted(nn.Module):
+    "A frozen layer with low-rank adapters, as raw parameters used by `@` and by `F.linear`, one of them zero at the start"
+    def __init__(self):
+        super().__init__()
+        self.base, self.head = nn.Linear(5, 6).requires_grad_(False), nn.Linear(6, CLASSES).requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(6, 2))
+        self.c, self.d = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.zeros(CLASSES, 2))
+    def forward(self, x):
+        h = torch.tanh(self.base(x) + x @ self.a.T @ self.b.T)            # [B, S, 6]
+        return (self.head(h) + F.linear(h @ self.c, self.d)).mean(1)
+
+
+class Parametrized(nn.Module):
+    "Weights that are computed from other parameters"
+    def __init__(self):
+        super().__init__()
+        p = nn.utils.parametrizations
+        self.normed, self.conv = p.weight_norm(nn.Linear(5, 6)), p.weight_norm(nn.Conv1d(6, 5, 2))
+        self.spectral = p.spectral_norm(nn.Linear(5, 6)).eval()           # in train mode it iterates
+        self.rotation, self.head = p.orthogonal(nn.Linear(6, 6)), nn.Linear(6, CLASSES)
+    def forward(self, x):
+        x = self.conv(torch.tanh(self.normed(x)).transpose(1, 2)).tanh().mean(2)
+        return self.head(self.rotation(self.spectral(x).tanh()).tanh())
 
 
 class Twice(nn.Module):
@@ -156,9 +209,9 @@ class SequenceFirst(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self):
+    def __init__(self, layer=nn.LSTM, width=4, **kw):
         super().__init__()
-        self.rnn, self.head = nn.LSTM(5, 4, batch_first=True), nn.Linear(4, CLASSES)
+        self.rnn, self.head = layer(5, 4, batch_first=True, **kw), nn.Linear(width, CLASSES)
     def forward(self, x): return self.head(self.rnn(x)[0][:, -1])
 
 
@@ -212,10 +265,17 @@ def _cases():
         case("tied layer", lambda: Transformer("layer"), text, next_token, t),
         case("tied functional", lambda: Transformer("functional"), text, next_token, t),
         case("multihead attention", lambda: Transformer(block=Attention), tok, probe=t),
+        case("attention sequence first", lambda: Transformer(block=lambda: Attention(False)), tok, probe=t),
+        case("cross attention", Cross, seq, probe=s),
+        case("cross attention packed", CrossPacked, seq, probe=s),
+        case("parametrized", Parametrized, seq, probe=s),
+        case("low-rank adapters", Adapted, seq, probe=s),
         case("used twice", Twice, seq, probe=s),
         case("raw parameters", Raw, vec, probe=v),
         case("sequence first", SequenceFirst, seq, probe=s),
         case("lstm", Recurrent, seq, probe=s),
+        case("gru both ways", lambda: Recurrent(nn.GRU, 8, bidirectional=True), seq, probe=s),
+        case("rnn two layers", lambda: Recurrent(nn.RNN, num_layers=2), seq, probe=s),
     ]
 
 
@@ -223,8 +283,8 @@ ZOO = {case.name: case for case in _cases()}
 
 
 def sample_gradients(model, loss, data, ids):
-    "The obviously right way: one backward pass per sample; {name: [B, *shape]}"
-    params = dict(model.named_parameters())
+    "The obviously right way: one backward pass per sample; {name: [B, *shape]} of what is not frozen"
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     out = {n: [] for n in params}
     for k in ids[:, None]:
         grads = torch.autograd.grad(loss(model, data[k]).sum(), list(params.values()), allow_unused=True)
