@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'PRODUCTS', 'BUDGET', 'ENGINES', 'Components', 'components', 'heads', 'Products', 'plain_kernels',
            'Contraction']
 
-# %% ../nbs/05_contraction.ipynb #8b07ef9d
+# %% ../nbs/05_contraction.ipynb #4368616a
 import copy
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -24,7 +24,7 @@ from torch.utils.data import default_collate
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .history import check_modules, keep_random, random_state, set_random_state
 
-# %% ../nbs/05_contraction.ipynb #d5ef0565
+# %% ../nbs/05_contraction.ipynb #219aa98b
 class Components:
     "A labelling of all parameters: the `component` axis."
     def __init__(self,
@@ -74,7 +74,7 @@ def components(model,          # the model, or {parameter name: shape}
         index[n] = torch.tensor([count(x) for x in o])
     return Components(list(number), index)
 
-# %% ../nbs/05_contraction.ipynb #bdae2842
+# %% ../nbs/05_contraction.ipynb #ff2c2dc1
 def heads(n: int,           # how many heads
           pattern: str,     # text that the names of the tensors to split contain
           stacked: int = 1, # projections stacked along the rows; 3 for `in_proj_weight` of `nn.MultiheadAttention`
@@ -87,7 +87,7 @@ def heads(n: int,           # how many heads
         return [f"{name}.head{j}" for j in range(n) for _ in range(shape[0] // (n * stacked))] * stacked
     return label
 
-# %% ../nbs/05_contraction.ipynb #82416742
+# %% ../nbs/05_contraction.ipynb #0d1370dd
 def _dot(b, y, shape, keep):
     "Σ b·y of every sample, [B, 1]; with `keep` [B, rows], where `shape` = (B, positions, rows, rest)"
     if not keep: return torch.linalg.vecdot(b.reshape(shape[0], -1), y.reshape(shape[0], -1))[:, None]
@@ -99,7 +99,7 @@ def _product(g, psi, keep):
     g, psi = g.reshape(*g.shape[:2], -1), psi.reshape(*psi.shape[:2], -1)
     return torch.einsum('brx,trx->tbr', g, psi)                                           # t: target, b: sample, r: row
 
-# %% ../nbs/05_contraction.ipynb #70dea2a6
+# %% ../nbs/05_contraction.ipynb #a2dbcdf5
 def _many(T, S): return T * S > S + T + 50  # products per weight; a gradient through memory costs about 50 of them
 
 def _linear(m, key, a, b, psi, B, keep, materialise):
@@ -114,7 +114,7 @@ def _linear(m, key, a, b, psi, B, keep, materialise):
     else: y = [_dot(a, b @ p, a.shape, False) for p in psi]
     return torch.stack(y), None
 
-# %% ../nbs/05_contraction.ipynb #d92e0b48
+# %% ../nbs/05_contraction.ipynb #469c0026
 def _channels(x, B): return (B, x.shape[0] // B, x.shape[1], prod(x.shape[2:]))  # samples, positions, channels, positions
 
 def _conv(m, key, a, b, psi, B, keep, materialise):
@@ -128,14 +128,14 @@ def _conv_transpose(m, key, a, b, psi, B, keep, materialise):
     back = lambda p: conv(b, p, None, m.stride, m.padding, m.dilation, m.groups)[tuple(map(slice, a.shape))]
     return torch.stack([_dot(a, back(p), _channels(a, B), keep) for p in psi]), None
 
-# %% ../nbs/05_contraction.ipynb #169cb2eb
+# %% ../nbs/05_contraction.ipynb #65faa12d
 def _embedding(m, key, a, b, psi, B, keep, materialise):
     tokens, b = a.reshape(B, -1), b.reshape(B, -1, m.embedding_dim)
     p = torch.stack([torch.linalg.vecdot(b, F.embedding(tokens, p)) for p in psi])         # [T, B, positions]
     if m.padding_idx is not None: p = p.masked_fill(tokens == m.padding_idx, 0)
     return (p, tokens) if keep else (p.sum(-1, keepdim=True), None)
 
-# %% ../nbs/05_contraction.ipynb #5d67a99f
+# %% ../nbs/05_contraction.ipynb #8a96540d
 def _last_axes(hat):
     "Rule for a gain and bias over the last axes; `hat` normalises the input"
     def rule(m, key, a, b, psi, B, keep, materialise):
@@ -163,7 +163,7 @@ RULES = {nn.Embedding: (_embedding, _row),
          nn.GroupNorm: (_channel_axis(lambda m, a: F.group_norm(a, m.num_groups, eps=m.eps)), _image),
          _batch_norm: (_channel_axis(lambda m, a: F.batch_norm(a, m.running_mean, m.running_var, eps=m.eps)), _image)}
 
-# %% ../nbs/05_contraction.ipynb #c6ccb49b
+# %% ../nbs/05_contraction.ipynb #7bdda912
 def _part(names, t):
     "(name, rows) if t is a parameter or a block of its rows, None for all; `names` is {id(parameter): name}"
     if id(t) in names: return names[id(t)], None
@@ -198,13 +198,13 @@ class Products(TorchFunctionMode):
         try: return func(*args, **kwargs)
         finally: F.linear = linear
 
-# %% ../nbs/05_contraction.ipynb #06e6d6e5
+# %% ../nbs/05_contraction.ipynb #60ade1c4
 def _front(x, lead, B):
     "Exchange positions and samples; the first `lead` axes of x are [positions, samples, ...] or, if one, both flattened"
     if lead > 1: return x.transpose(0, 1)
     return x.unflatten(0, (-1, B)).transpose(0, 1).flatten(0, 1)
 
-# %% ../nbs/05_contraction.ipynb #efe91223
+# %% ../nbs/05_contraction.ipynb #0e2dfb80
 class _Tap(torch.autograd.Function):
     "The identity; on the way back it hands the gradient to `see`"
     @staticmethod
@@ -258,7 +258,7 @@ def _scatter(scores, index, p, rows):
         at = index[rows] * p.shape[1] + torch.arange(p.shape[1], device=p.device)[:, None]   # place in [C, B] flattened
         scores.view(len(p), -1).index_add_(1, at.flatten(), p.flatten(1).to(scores.dtype))
 
-# %% ../nbs/05_contraction.ipynb #609febf0
+# %% ../nbs/05_contraction.ipynb #1f818ec8
 class _Call(nn.Module):
     "loss(model, batch) as a module"
     def __init__(self, model, loss): super().__init__(); self.model, self.loss = model, loss
@@ -275,7 +275,7 @@ def plain_kernels(model):
         with sdpa_kernel(SDPBackend.MATH): yield
     finally: mha.set_fastpath_enabled(fast); mkldnn.enabled = dnn
 
-# %% ../nbs/05_contraction.ipynb #be8c3705
+# %% ../nbs/05_contraction.ipynb #d37dce6c
 def _refuse_embedding(model):
     for name, m in model.named_modules():
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and (m.max_norm is not None or m.scale_grad_by_freq):
@@ -283,7 +283,7 @@ def _refuse_embedding(model):
             raise ValueError(f"Embedding '{name}' uses {option}, with which its gradient is not the derivative of the loss. "
                              "Switch that option off.")
 
-# %% ../nbs/05_contraction.ipynb #35d1a06d
+# %% ../nbs/05_contraction.ipynb #0347235b
 def _disagree(parts,  # {key: [T, B]} scores of a parameter (or component), summed over its rows
               want,   # {key: [T]} its gradient against psi
               norms,  # {key: [T]} norm of psi
@@ -298,7 +298,7 @@ def _disagree(parts,  # {key: [T, B]} scores of a parameter (or component), summ
     bad, strange = bad.any(1).tolist(), strange.tolist()
     return [k for k, o in zip(parts, bad) if o], strange
 
-# %% ../nbs/05_contraction.ipynb #44f2331e
+# %% ../nbs/05_contraction.ipynb #6bc4783c
 BUDGET = 2**30  # bytes of activations of one pass, and of materialised gradients
 ENGINES = ("auto", "ghost", "jvp", "materialise", "loop")
 
@@ -393,7 +393,7 @@ class Contraction:
         raise ValueError(f"The {what} is not finite for samples {ids[torch.as_tensor(mask).cpu()][:10].tolist()}. "
                          "Check the data, or the training run at this step.")
 
-# %% ../nbs/05_contraction.ipynb #428095db
+# %% ../nbs/05_contraction.ipynb #9b9a9adf
 @patch
 def _backward(self: Contraction, ids, weights, names, ghost, see):
     "One forward and backward pass of Σ_k w_k ℓ_k: the gradients of `names`, None without use; `see` meets the uses of `ghost`"
@@ -462,7 +462,7 @@ def _possible(found, B, k, use, b):
     kind = use.kind(b, B)
     found[kind] = found.get(kind, layouts) & layouts
 
-# %% ../nbs/05_contraction.ipynb #c86b4cb9
+# %% ../nbs/05_contraction.ipynb #c7f0a2b8
 @patch
 def _forward(self: Contraction, theta, batch):
     "Losses [B] as a function of some parameters {name: tensor}"
@@ -496,7 +496,7 @@ def _jvp(self: Contraction, ids, weights, psi, names):
             if t == 0: self._same(values, ids, slice(None))
     return scores, {c: scores[:, c] for c in self._present(names)}
 
-# %% ../nbs/05_contraction.ipynb #4050c0c7
+# %% ../nbs/05_contraction.ipynb #ab66c0ed
 @patch
 def _same(self: Contraction, values, ids, some):
     "Raise `ValueError` unless the losses of some samples are those of the backward pass of the batch"
@@ -580,7 +580,7 @@ def _loop(self: Contraction, ids, weights, psi, names):
             return self._grads(loss[0], names)
     return self._products(ids, weights, psi, names, gradients, 1)
 
-# %% ../nbs/05_contraction.ipynb #b0a0dab5
+# %% ../nbs/05_contraction.ipynb #3ed718ae
 @patch
 def _zeros(self: Contraction, T, B): return self.like.new_zeros(T, len(self.comps), B, dtype=torch.float64)
 
@@ -636,7 +636,7 @@ def _give_up(self: Contraction, engine, names, e):
         warnings.warn(f"{why}; it is not used any more.", stacklevel=2)
     else: self._move(names, "materialise" if engine == "jvp" else "loop", why)
 
-# %% ../nbs/05_contraction.ipynb #3e6b7008
+# %% ../nbs/05_contraction.ipynb #6357bc8f
 @patch
 def _failed(self: Contraction, ids, psi, gradient, parts):
     "(names, next engine, why) of the parameters that fail the check; raises for samples that are not finite"
@@ -661,7 +661,7 @@ def _failed(self: Contraction, ids, psi, gradient, parts):
     warnings.warn(f"{', '.join(again)}: scores and gradient differ by more than rounding usually does. "
                   "Use float64 to see whether it matters.", stacklevel=2)
 
-# %% ../nbs/05_contraction.ipynb #ce68dc00
+# %% ../nbs/05_contraction.ipynb #00a3a2e8
 @patch
 def check(self: Contraction,
           ids: Tensor,          # samples that will be asked for; three of them are tried

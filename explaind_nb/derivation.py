@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['Frozen', 'get_theta', 'set_theta', 'gradient_rows', 'sample_gradients', 'path_gradient', 'target_at', 'advance',
-           'reference_step', 'reference_run', 'stream_displacements', 'Reference', 'reference_table',
-           'reference_kernel']
+           'frozen_step', 'reference_step', 'reference_run', 'stream_displacements', 'averaged_path',
+           'averaged_displacements', 'Reference', 'reference_table', 'split', 'reference_kernel']
 
-# %% ../nbs/01_derivation.ipynb #cc413f37
+# %% ../nbs/01_derivation.ipynb #3b632f81
 from collections import namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_derivation.ipynb #03e8b168
+# %% ../nbs/01_derivation.ipynb #1540ed70
 def get_theta(model) -> dict[str, Tensor]:
     "A copy of all parameters: `{name: tensor}`."
     return {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -39,7 +39,7 @@ def sample_gradients(model, loss, data,
     "Gradient of each sample's own loss, from its own forward and backward pass: `{name: [B, *shape]}`."
     return gradient_rows(model, [loss(model, data[k[None]])[0] for k in ids])
 
-# %% ../nbs/01_derivation.ipynb #448aa511
+# %% ../nbs/01_derivation.ipynb #44ac770d
 def path_gradient(model, target,
                   theta: dict,       # start of the segment
                   theta_next: dict,  # its end; the model is left here
@@ -58,47 +58,47 @@ def target_at(model, target, theta: dict) -> Tensor:
     set_theta(model, theta)
     with torch.no_grad(): return target(model).reshape(-1).clone()
 
-# %% ../nbs/01_derivation.ipynb #5de61241
-Frozen = namedtuple("Frozen", "keep enter out skip")   # the coefficients A, B, C, D of one tensor at one step
+# %% ../nbs/01_derivation.ipynb #f0b77eca
+Frozen = namedtuple("Frozen", "keep enter out skip early coupled decoupled slack", defaults=[0.]*4)   # of one tensor at one step
 
-def _frozen_sgd(group, state, new_buffer):
-    lr, mu = float(group["lr"]), float(group["momentum"])
-    if mu == 0: return Frozen(1., 0., 0., lr)
-    enter = 1. if new_buffer else 1. - float(group["dampening"])
-    return Frozen(mu, enter, lr*mu, lr) if group["nesterov"] else Frozen(mu, enter, lr, 0.)
+def _frozen_sgd(group, before, after, theta, grad):
+    lr, mu, pull = float(group["lr"]), float(group["momentum"]), float(group["weight_decay"])*theta
+    if mu == 0: return Frozen(1., 0., 0., lr, coupled=pull)
+    enter = 1. if before.get("momentum_buffer") is None else 1. - float(group["dampening"])
+    return Frozen(mu, enter, lr*mu, lr, coupled=pull) if group["nesterov"] else Frozen(mu, enter, lr, 0., coupled=pull)
 
-def _frozen_adam(group, state, new_buffer):
-    b1, b2 = map(float, group["betas"])
-    lr, n = float(group["lr"]), float(state["step"])
-    v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    return Frozen(b1, 1 - b1, lr/(1 - b1**n)/((v/(1 - b2**n)).sqrt() + group["eps"]), 0.)
+def _frozen_adam(group, before, after, theta, grad):
+    (b1, b2), lr, n = map(float, group["betas"]), float(group["lr"]), float(after["step"])
+    v = after["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+    out, pull = lr/(1 - b1**n)/((v/(1 - b2**n)).sqrt() + group["eps"]), float(group["weight_decay"])*theta
+    return Frozen(b1, 1 - b1, out, 0., **(dict(decoupled=-lr*pull) if group["decoupled_weight_decay"] else dict(coupled=pull)))
 
-_frozen = {torch.optim.SGD: _frozen_sgd, torch.optim.Adam: _frozen_adam, torch.optim.AdamW: _frozen_adam}
+_readers = {torch.optim.SGD: _frozen_sgd, torch.optim.Adam: _frozen_adam, torch.optim.AdamW: _frozen_adam}
+
+def _apply(coefficient, x): return coefficient(x) if callable(coefficient) else coefficient*x
 
 def advance(coef: Frozen,
             buffer: Tensor,  # streams before the step, [R, *shape]
             g: Tensor,       # what enters each stream in this step, [R, *shape]
            ) -> tuple[Tensor, Tensor]:
     "Carry streams of one tensor through one frozen step: displacements and new buffers, both [R, *shape]."
-    buffer = coef.keep*buffer + coef.enter*g
-    return -(coef.out*buffer + coef.skip*g), buffer
+    after = _apply(coef.keep, buffer) + _apply(coef.enter, g)
+    return -(_apply(coef.out, after) + _apply(coef.skip, g) + _apply(coef.early, buffer)), after
 
-# %% ../nbs/01_derivation.ipynb #31288d52
-def _reader(optimizer):
+# %% ../nbs/01_derivation.ipynb #2d9a1ec3
+def _reader(optimizer, readers):
     "The function that reads this optimizer's frozen coefficients."
-    if type(optimizer) in _frozen: return _frozen[type(optimizer)]
-    known = ", ".join(c.__name__ for c in _frozen)
-    raise ValueError(f"the reference does not know {type(optimizer).__name__}. Use one of {known}.")
+    known = _readers | (readers or {})
+    if type(optimizer) in known: return known[type(optimizer)]
+    raise ValueError(f"the reference does not know {type(optimizer).__name__}. Use one of {', '.join(c.__name__ for c in known)}, or give its reader.")
 
-def _decays(optimizer, group, theta):
-    "What weight decay feeds into the gradient and what it moves directly: (coupled, decoupled)."
-    pull = float(group["weight_decay"])*theta
-    decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
-    return (0*pull, -float(group["lr"])*pull) if decoupled else (pull, 0*pull)
+def _state(optimizer, p):
+    "A copy of the optimizer's tensors of one parameter, in float64."
+    return {k: v.to(torch.float64, copy=True) if isinstance(v, Tensor) else v for k, v in optimizer.state.get(p, {}).items()}
 
 def _buffer(optimizer, p):
     "The optimizer's linear state of one parameter, or None."
-    state = optimizer.state.get(p, {})
+    state = _state(optimizer, p)
     return state.get("exp_avg", state.get("momentum_buffer"))
 
 def _stepped(model, optimizer):
@@ -106,46 +106,66 @@ def _stepped(model, optimizer):
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     return {n: (p, groups[p]) for n, p in model.named_parameters() if p in groups and p.grad is not None}
 
-def reference_step(model, optimizer,
-                   gradients: dict,  # weighted gradient of each sample of the batch, {name: [B, *shape]}
-                  ):
-    "One step of torch's optimizer on the sum of the samples' gradients; what the linear map of that step needs."
-    theta, read = get_theta(model), _reader(optimizer)
-    for n, p in model.named_parameters(): p.grad = gradients[n].sum(0) if n in gradients else None
+def _one_step(model, optimizer, read):
+    "Let one optimizer step on the gradients that are there: frozen coefficients and sign of each tensor that stepped."
     stepped = _stepped(model, optimizer)
-    new = {n: _buffer(optimizer, p) is None for n, (p, _) in stepped.items()}
+    found = {n: (_state(optimizer, p), p.detach().double().clone(), p.grad.double().clone()) for n, (p, _) in stepped.items()}
     optimizer.step()
-    frozen = {n: read(group, optimizer.state[p], new[n]) for n, (p, group) in stepped.items()}
-    sign = {n: -1. if group["maximize"] else 1. for n, (_, group) in stepped.items()}
-    decay = {n: _decays(optimizer, group, theta[n]) for n, (_, group) in stepped.items()}
-    return SimpleNamespace(frozen=frozen, decay=decay, gradients={n: sign[n]*gradients[n] for n in frozen})
+    sign = {n: -1. if group.get("maximize") else 1. for n, (_, group) in stepped.items()}
+    return {n: read(group, found[n][0], _state(optimizer, p), found[n][1], sign[n]*found[n][2]) for n, (p, group) in stepped.items()}, sign
 
-def reference_run(model, optimizer, data, batches, loss,
+def frozen_step(model,
+                optimizers,    # one after the other
+                readers=None,  # {optimizer class: reader} for classes besides SGD, Adam and AdamW
+               ) -> tuple:     # {name: Frozen}, {name: 1. or -1.}
+    "Let torch's optimizers step on the gradients that are there; coefficients and sign of each tensor that stepped."
+    steps = [_one_step(model, o, _reader(o, readers)) for o in optimizers]
+    return tuple({n: x for step in steps for n, x in step[i].items()} for i in (0, 1))
+
+def reference_step(model, optimizers,
+                   gradients: dict, # weighted gradient of each sample of the batch, {name: [B, *shape]}
+                   readers=None):
+    "One step of torch's optimizers on the sum of the samples' gradients; what the linear map of that step needs."
+    for n, p in model.named_parameters(): p.grad = gradients[n].sum(0) if n in gradients else None
+    frozen, sign = frozen_step(model, optimizers, readers)
+    return SimpleNamespace(frozen=frozen, gradients={n: sign[n]*gradients[n] for n in frozen})
+
+def _weighted(single, w, transform):
+    "The samples' gradients as they reach the optimizer: weighted, then multiplied by the frozen factors of clipping."
+    rows = {n: torch.einsum("k,k...->k...", w, g) for n, g in single.items()}
+    factors = transform({n: g.sum(0) for n, g in rows.items()}) if transform else {}
+    return {n: factors.get(n, 1.)*g for n, g in rows.items()}
+
+def reference_run(model,
+                  optimizer,      # or several of them, in the order in which they step
+                  data, batches, loss,
                   weights=None,   # weight of every sample of every batch, list of [B]; default 1/len(ids)
-                  schedule=None,  # called with the step number before each step (to change the learning rate)
+                  schedule=None,  # called with the step number before each step (to change learning rates, freeze, unfreeze)
+                  readers=None,   # {optimizer class: reader} for classes besides SGD, Adam and AdamW
+                  transform=None, # {name: summed gradient} -> {name: factor}: clipping, as a factor of each entry or of all
                  ):
     "Train and keep notes: `thetas` (N+1), `ids`, `steps` (N), `initial` (linear optimizer state at the start)."
     if any(p.dtype != torch.float64 for p in model.parameters()):
         raise TypeError("the reference works in float64 only. Call model.double() before making the optimizer.")
-    initial = {n: _buffer(optimizer, p) for n, p in model.named_parameters()}
-    initial = {n: u.clone() for n, u in initial.items() if u is not None}
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    initial = {n: _buffer(o, p) for o in optimizers for n, p in model.named_parameters() if p in o.state}
+    initial = {n: u for n, u in initial.items() if u is not None}
     run = SimpleNamespace(thetas=[get_theta(model)], ids=[b.clone() for b in batches], steps=[], initial=initial)
     for s, ids in enumerate(batches):
         if schedule is not None: schedule(s)
         w = torch.full((len(ids),), 1/len(ids), dtype=torch.float64) if weights is None else weights[s].double()
         single = sample_gradients(model, loss, data, ids)
-        weighted = {n: torch.einsum("k,k...->k...", w, g) for n, g in single.items()}
-        run.steps.append(reference_step(model, optimizer, weighted))
+        run.steps.append(reference_step(model, optimizers, _weighted(single, w, transform), readers))
         run.thetas.append(get_theta(model))
     return run
 
-# %% ../nbs/01_derivation.ipynb #898e698d
+# %% ../nbs/01_derivation.ipynb #7fa07889
 def _inputs(run, s, name, rows):
     "What enters each stream of tensor `name` at step `s`: [R, *shape], zero but for the rows of that step."
     step, N = run.steps[s], len(run.steps)
     g = torch.zeros(rows, *run.thetas[0][name].shape, dtype=torch.float64)
     first = 1 + N + sum(len(ids) for ids in run.ids[:s])
-    g[1 + s] = step.decay[name][0]
+    g[1 + s] = step.frozen[name].coupled
     g[first:first + len(run.ids[s])] = step.gradients[name]
     return g
 
@@ -154,7 +174,8 @@ def _check_rows(run, s, name, rows):
     before, after = run.thetas[s][name], run.thetas[s + 1][name]
     gap = (rows.sum(0) - (after - before)).abs().max().item() if rows.numel() else 0.
     eps = torch.finfo(torch.float64).eps
-    limit = 1e-12*rows.abs().sum(0).max().item() + 4*eps*before.abs().max().item() if rows.numel() else 0.
+    slack = 1e-12 + run.steps[s].frozen[name].slack   # an optimizer may round inside its step
+    limit = slack*rows.abs().sum(0).max().item() + 4*eps*before.abs().max().item() if rows.numel() else 0.
     if not gap <= limit:   # also when something is not finite
         raise RuntimeError(f"step {s}, parameter {name}: the streams miss torch's step by {gap:.1e}. "
                            "Read the coefficients of this optimizer again.")
@@ -168,11 +189,29 @@ def stream_displacements(run):
         moved = {}
         for n, coef in step.frozen.items():
             moved[n], buffers[n] = advance(coef, buffers[n], _inputs(run, s, n, rows))
-            moved[n][1 + s] += step.decay[n][1]
+            moved[n][1 + s] += coef.decoupled
             _check_rows(run, s, n, moved[n])
         yield moved
 
-# %% ../nbs/01_derivation.ipynb #fcd085c8
+# %% ../nbs/01_derivation.ipynb #bee0cde9
+def averaged_path(thetas, average):
+    "The path of the averaged weights, from `thetas[0]`, with rates `average[s]`."
+    path = thetas[:1]
+    for r, theta in zip(average, thetas[1:]): path.append({n: p + r*(theta[n] - p) for n, p in path[-1].items()})
+    return path
+
+def averaged_displacements(moves,  # per step {name: [R, *shape]}, as from `stream_displacements`
+                           average # rate of each step
+                          ):
+    "Likewise, how far each stream moved each tensor of the averaged weights."
+    place, mean = {}, {}
+    for r, moved in zip(average, moves):
+        for n, rows in moved.items(): place[n] = place.get(n, 0.) + rows
+        step = {n: r*(x - mean.get(n, 0.)) for n, x in place.items()}
+        for n, x in step.items(): mean[n] = mean.get(n, 0.) + x
+        yield step
+
+# %% ../nbs/01_derivation.ipynb #5a59be95
 @dataclass
 class Reference:
     "What the slow reference found, float64: S steps, C parameter tensors, M samples, T targets; + raised the target."
@@ -181,14 +220,15 @@ class Reference:
     decay_gradient: Tensor  # weight decay by the step at which it entered, [S, C, T]; the same as `decay` if decoupled
     initial: Tensor         # what the optimizer's state at the start still moved, [C, T]
     residual: Tensor        # quadrature residual of each step, [S, T]
+    rounding: Tensor        # what the streams miss of torch's own step, [S, T]
     baseline: Tensor        # f(theta_0), [T]
     prediction: Tensor      # f(theta_N), [T]
     names: list             # the C parameter tensors
-    thetas: list            # the N+1 visited points, {name: tensor}
+    thetas: list            # the N+1 points of the explained path, {name: tensor}
     phi: list               # test gradient averaged over each segment, {name: [T, *shape]}
     run: SimpleNamespace    # notes of the training run
     def parts(self) -> dict[str, Tensor]:
-        "The parts of the prediction, each summed to [T]; they add up to `prediction`."
+        "The parts of the prediction, each summed to [T]; up to `rounding` they add up to it."
         return dict(baseline=self.baseline, data=self.kernel.sum((0, 1, 2, 3)), decay=self.decay.sum((0, 1)),
                     initial=self.initial.sum(0), residual=self.residual.sum(0))
 
@@ -204,17 +244,40 @@ def _rows_to_kernel(run, table, samples):
 
 def _flat(rows): return rows.reshape(len(rows), -1)   # a scalar parameter has rows too
 
-def reference_table(run, phi):
+def reference_table(run, phi, average=None):
     "Contribution of every stream at every step: [S, R, C, T]."
     names, R, T = list(run.thetas[0]), 1 + len(run.steps) + sum(map(len, run.ids)), len(next(iter(phi[0].values())))
     table = torch.zeros(len(run.steps), R, len(names), T, dtype=torch.float64)
-    for s, moved in enumerate(stream_displacements(run)):
+    moves = stream_displacements(run)
+    for s, moved in enumerate(moves if average is None else averaged_displacements(moves, average)):
         for n in moved.keys() & phi[s].keys():
             table[s, :, names.index(n)] = _flat(moved[n]) @ _flat(phi[s][n]).T
     return table
 
+def split(model,         # float64 module; left at the end of the run
+          run,           # notes of a training run, as from `reference_run`
+          samples: int,  # how many there are
+          target,        # target(model) -> [T]
+          nodes=1,       # midpoints per segment
+          average=None,  # rate of each step: explain the averaged weights
+         ) -> Reference:
+    "Carry each sample's gradient stream of a run forward, and split the targets over steps, tensors and samples."
+    live = [p.requires_grad for p in model.parameters()]
+    for p in model.parameters(): p.requires_grad_(True)      # what is frozen at the end may have moved before
+    thetas = run.thetas if average is None else averaged_path(run.thetas, average)
+    f = torch.stack([target_at(model, target, theta) for theta in thetas])
+    phi = [path_gradient(model, target, a, b, nodes) for a, b in zip(thetas, thetas[1:])]
+    along = torch.stack([sum(_flat((b[n] - a[n])*p[n]).sum(1) for n in p) for p, a, b in zip(phi, thetas, thetas[1:])])
+    table, S = reference_table(run, phi, average), len(run.steps)
+    set_theta(model, run.thetas[-1])
+    for p, was in zip(model.parameters(), live): p.requires_grad_(was)
+    return Reference(kernel=_rows_to_kernel(run, table, samples), initial=table[:, 0].sum(0),
+                     decay=table[:, 1:1 + S].sum(1), decay_gradient=table[:, 1:1 + S].sum(0),
+                     residual=f[1:] - f[:-1] - along, rounding=along - table.sum((1, 2)), baseline=f[0], prediction=f[-1],
+                     names=list(run.thetas[0]), thetas=thetas, phi=phi, run=run)
+
 def reference_kernel(model,          # float64 module; trained in place, left at theta_N
-                     optimizer,      # torch.optim.SGD, Adam or AdamW on its parameters, fresh or warm
+                     optimizer,      # torch.optim.SGD, Adam or AdamW on its parameters, fresh or warm; or several
                      data,           # data[ids] -> batch, len(data) samples
                      batches,        # list of LongTensors: the ids of each step
                      loss,           # loss(model, batch) -> [B]
@@ -222,14 +285,10 @@ def reference_kernel(model,          # float64 module; trained in place, left at
                      nodes=1,        # midpoints per segment
                      weights=None,   # list of [B]: weight of each sample; default 1/len(ids)
                      schedule=None,  # called with the step number before each step
+                     readers=None,   # {optimizer class: reader} for classes besides those three
+                     transform=None, # {name: summed gradient} -> {name: factor}: clipping
+                     average=None,   # rate of each step: explain the averaged weights
                     ) -> Reference:
-    "Train, carry each sample's gradient stream forward, and split the targets over steps, tensors and samples. Slow."
-    run = reference_run(model, optimizer, data, batches, loss, weights, schedule)
-    f = torch.stack([target_at(model, target, theta) for theta in run.thetas])
-    phi = [path_gradient(model, target, a, b, nodes) for a, b in zip(run.thetas, run.thetas[1:])]
-    along = [sum(_flat((b[n] - a[n])*p[n]).sum(1) for n in p) for p, a, b in zip(phi, run.thetas, run.thetas[1:])]
-    table, S = reference_table(run, phi), len(run.steps)
-    return Reference(kernel=_rows_to_kernel(run, table, len(data)), initial=table[:, 0].sum(0),
-                     decay=table[:, 1:1 + S].sum(1), decay_gradient=table[:, 1:1 + S].sum(0),
-                     residual=f[1:] - f[:-1] - torch.stack(along), baseline=f[0], prediction=f[-1],
-                     names=list(run.thetas[0]), thetas=run.thetas, phi=phi, run=run)
+    "Train with notes, then `split`. Slow."
+    run = reference_run(model, optimizer, data, batches, loss, weights, schedule, readers, transform)
+    return split(model, run, len(data), target, nodes, average)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['STEPS', 'unrolled_step', 'pullback', 'unclip']
 
-# %% ../nbs/05c_unrolled.ipynb #869b7d9a
+# %% ../nbs/05c_unrolled.ipynb #4ae41b1d
 import math
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 from . import every_optimizer as eo, optimizers as op
 
-# %% ../nbs/05c_unrolled.ipynb #5255f558
+# %% ../nbs/05c_unrolled.ipynb #f0f3c78e
 def _sqrt(v):
     "The square root, with derivative 0 at 0."
     return torch.where(v > 0, torch.where(v > 0, v, 1.).sqrt(), 0.)
@@ -34,7 +34,7 @@ def _adam(st, state, u):
     denom = _sqrt(v) / math.sqrt(1 - beta2**st.count) + st.hyper["eps"]
     return -st.lr / (1 - beta1**st.count) * m / denom, after
 
-# %% ../nbs/05c_unrolled.ipynb #340235ef
+# %% ../nbs/05c_unrolled.ipynb #e1e46b38
 def _radam(st, state, u):
     m, v = _moments(st, state, u)
     n, (beta1, beta2) = st.count, st.hyper["betas"]
@@ -78,7 +78,7 @@ def _rmsprop(st, state, u):
 
 def _asgd(st, state, u): return st.gain * u, {}
 
-# %% ../nbs/05c_unrolled.ipynb #d8684a57
+# %% ../nbs/05c_unrolled.ipynb #2d388aaf
 STEPS = {op.SGDStep: _sgd, op.AdamStep: _adam, op.AdamWStep: _adam, eo.RAdamStep: _radam, eo.NAdamStep: _nadam, eo.AdamaxStep: _adamax,
          eo.AdagradStep: _adagrad, eo.AdadeltaStep: _adadelta, eo.RMSpropStep: _rmsprop, eo.ASGDStep: _asgd}
 
@@ -103,7 +103,7 @@ def pullback(st, theta, state, g,  # as in `unrolled_step`
     a_state = {k: a_state.get(k, a_theta.new_zeros(len(a_theta), *x.shape)) for k, x in after.items()}
     return vmap(pull)((a_theta, a_state))
 
-# %% ../nbs/05c_unrolled.ipynb #2c7c3629
+# %% ../nbs/05c_unrolled.ipynb #dfa10719
 def unclip(a: Tensor,      # cotangent of the used gradient, flat [T, D]
            g: Tensor,      # the gradient that was used, flat [D]
            scale,          # factors from the accumulated to the used gradient, flat [D] or a number

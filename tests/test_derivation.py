@@ -8,6 +8,9 @@ from fastcore.test import test_eq as equal
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
+from reference import READERS, ScheduleFree, clip_norm, clip_value
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
 import explaind_nb.derivation as derivation
 from explaind_nb.derivation import reference_kernel, reference_run
 
@@ -50,7 +53,7 @@ def tensors(batches): return [torch.tensor(b) for b in batches]
 
 
 def explained(optimizer_class=AdamW, batches=UNEQUAL, data=None, model=None, optimizer=None, **kw):
-    hyper = {k: kw.pop(k) for k in list(kw) if k not in ("nodes", "weights", "schedule")}
+    hyper = {k: kw.pop(k) for k in list(kw) if k not in ("nodes", "weights", "schedule", "readers", "transform", "average")}
     model = model or make()
     optimizer = optimizer or optimizer_class(model.parameters(), **hyper)
     return reference_kernel(model, optimizer, data or make_data(), tensors(batches), loss, target, **kw)
@@ -59,6 +62,7 @@ def explained(optimizer_class=AdamW, batches=UNEQUAL, data=None, model=None, opt
 def adds_up(ref, eps=1e-12):
     "The parts make the prediction, both step axes make the same totals, and nothing acts before it was seen."
     close(sum(ref.parts().values()), ref.prediction, eps)
+    close(ref.rounding.abs().max().item(), 0., eps)
     close(ref.decay.sum(0), ref.decay_gradient.sum(0), eps)
     S = len(ref.kernel)
     assert ref.kernel[torch.triu(torch.ones(S, S, dtype=torch.bool), 1)].eq(0).all()
@@ -200,6 +204,93 @@ def test_sample_of_weight_zero_gets_nothing():
     adds_up(ref)
 
 
+EIGHT = [[1, 2, 3, 4], [5, 6], [7, 8, 1, 1], [3], [4, 2, 6], [1, 5], [8, 8, 2], [3, 6]]
+OTHERS = [c for c in READERS if c not in (torch.optim.Muon, ScheduleFree)]   # one rounds to bfloat16, the linear state of the other is no tensor of its own
+
+
+@pytest.mark.parametrize("optimizer_class", OTHERS, ids=lambda c: c.__name__)
+def test_readers_of_other_optimizers(optimizer_class):
+    "Cold and warm; a wrong coefficient would be refused at its step."
+    hyper = {} if optimizer_class is torch.optim.Rprop else dict(weight_decay=.2)
+    model = make()
+    optimizer = optimizer_class(model.parameters(), lr=.02, **hyper)
+    whole = explained(optimizer_class, EIGHT, lr=.02, readers=READERS, **hyper)
+    first, second = (explained(batches=b, model=model, optimizer=optimizer, readers=READERS) for b in (EIGHT[:4], EIGHT[4:]))
+    for ref in (whole, first, second): adds_up(ref)
+    close(second.kernel, whole.kernel[4:, 4:], 1e-13)
+    assert whole.kernel.abs().max() > 1e-5
+
+
+def train(optimizers, model, data, batches=EIGHT, between=lambda model: None, after=lambda model: None):
+    "The user's loop, with something between backward and step and something after the step."
+    for ids in tensors(batches):
+        loss(model, data[ids]).mean().backward()
+        between(model)
+        for o in optimizers: o.step(); o.zero_grad()
+        after(model)
+    return model
+
+
+@pytest.mark.parametrize("factors, clip", [(clip_norm(.3), lambda m: nn.utils.clip_grad_norm_(m.parameters(), .3)),
+                                           (clip_value(.05), lambda m: nn.utils.clip_grad_value_(m.parameters(), .05))], ids=["norm", "value"])
+def test_clipping_is_a_frozen_factor(factors, clip):
+    ref, model, data = explained(SGD, EIGHT, lr=.1, momentum=.9, weight_decay=.1, transform=factors), make(), make_data()
+    adds_up(ref)
+    model = train([SGD(model.parameters(), lr=.1, momentum=.9, weight_decay=.1)], model, data, between=clip)
+    close(target(model).detach(), ref.prediction, 1e-13)
+    free = explained(SGD, EIGHT, lr=.1, momentum=.9, weight_decay=.1)
+    assert (free.prediction - ref.prediction).abs().max() > .1
+
+
+def test_several_optimizers():
+    split = lambda m: [SGD(m.body.parameters(), lr=.1, momentum=.9), AdamW(list(m.a.parameters()) + list(m.b.parameters()), lr=.02)]
+    model = make()
+    ref = explained(model=model, optimizer=split(model), batches=EIGHT)
+    adds_up(ref)
+    model = make()
+    close(target(train(split(model), model, make_data())).detach(), ref.prediction, 1e-13)
+
+
+@every_optimizer
+def test_frozen_and_thawed(optimizer_class, hyper):
+    "Head a is frozen for the first two steps, the body for the last two."
+    model = make()
+    def schedule(s):
+        model.a.requires_grad_(s >= 2)
+        model.body.requires_grad_(s < 3)
+    ref = explained(model=model, optimizer=optimizer_class(model.parameters(), **hyper), schedule=schedule)
+    adds_up(ref)
+    a, body = ([i for i, n in enumerate(ref.names) if n.startswith(o)] for o in ("a.", "body."))
+    equal(ref.kernel[:2][:, :, a].abs().max().item() + ref.decay[:2][:, a].abs().max().item(), 0.)
+    equal(ref.kernel[3:][:, :, body].abs().max().item() + ref.decay[3:][:, body].abs().max().item(), 0.)
+    assert ref.kernel[2:][:, :, a].abs().max() > 1e-6 and ref.kernel[:3][:, :, body].abs().max() > 1e-6
+    assert [p.requires_grad for p in model.parameters()] == [False]*2 + [True]*4
+
+
+@every_optimizer
+def test_averaged_weights(optimizer_class, hyper):
+    "An average with all rates 1 is the iterate; torch's moving average is the one that is explained."
+    plain, same = (explained(optimizer_class, average=a, **hyper) for a in (None, [1.]*5))
+    close(same.kernel, plain.kernel, 1e-13)
+    rates = [1., 1., .25, .25, .25]   # torch: the first update copies, and we are slow to begin
+    ref, model = explained(optimizer_class, average=rates, **hyper), make()
+    adds_up(ref)
+    mean, count = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(.75)), iter(range(5))
+    train([optimizer_class(model.parameters(), **hyper)], model, make_data(), UNEQUAL, after=lambda m: next(count) and mean.update_parameters(m))
+    close(target(mean.module).detach(), ref.prediction, 1e-13)
+
+
+def test_averaged_weights_by_hand():
+    "Without momentum a gradient's share in the last average is the sum of the weights of the later iterates."
+    linear = lambda model: torch.cat([p.flatten() for p in model.parameters()])[:3]
+    rates, model = [.5, 0., .3, 1., .2], make()
+    ref = reference_kernel(model, SGD(model.parameters(), lr=.1), make_data(), tensors(UNEQUAL), loss, linear, average=rates)
+    plain = reference_kernel((model := make()), SGD(model.parameters(), lr=.1), make_data(), tensors(UNEQUAL), loss, linear)
+    weights = torch.tensor([r*torch.tensor([1 - q for q in rates[s + 1:]]).prod() for s, r in enumerate(rates)])   # of the iterates s + 1
+    arrived = weights.flip(0).cumsum(0).flip(0).double()
+    close(ref.kernel.sum(0), arrived[:, None, None, None]*plain.kernel.sum(0), 1e-6)
+
+
 def test_samples_fill_torchs_buffer():
     "The recorded gradients of the samples, filtered by hand, are the buffer that torch holds at the end."
     model = make()
@@ -218,18 +309,19 @@ def test_more_nodes_leave_less_residual(act, few, many, limit):
     assert ref[0].residual.abs().sum() > limit*ref[1].residual.abs().sum()
 
 
-def test_model_is_left_at_the_end():
+@pytest.mark.parametrize("average", [None, [.5]*5])
+def test_model_is_left_at_the_end(average):
     model = make()
-    ref = explained(model=model)
-    for n, p in model.named_parameters(): assert p.equal(ref.thetas[-1][n])
+    ref = explained(model=model, average=average)
+    for n, p in model.named_parameters(): assert p.equal(ref.run.thetas[-1][n])
+    assert (ref.thetas is ref.run.thetas) is (average is None)
 
 
-def test_wrong_coefficients_are_refused(monkeypatch):
+def test_wrong_coefficients_are_refused():
     "Without the rule for the first buffer, dampening misses torch's step."
-    late = lambda group, state, new: derivation._frozen_sgd(group, state, False)
-    monkeypatch.setitem(derivation._frozen, SGD, late)
+    late = lambda group, before, after, *rest: derivation._frozen_sgd(group, after, after, *rest)
     with pytest.raises(RuntimeError, match="step 0, parameter body.0.weight"):
-        explained(SGD, lr=.1, momentum=.9, dampening=.5)
+        explained(SGD, lr=.1, momentum=.9, dampening=.5, readers={SGD: late})
 
 
 def test_unknown_optimizer_and_dtype():
