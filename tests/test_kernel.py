@@ -8,6 +8,7 @@ import xarray as xr
 from torch.utils._pytree import tree_map
 from zoo import ZOO
 
+from explaind_nb.average import ema
 from explaind_nb.derivation import reference_kernel
 from explaind_nb.history import Recorder
 from explaind_nb.kernel import _check_memory, explain, load, reconstruct, save
@@ -103,6 +104,35 @@ def test_every_model(tmp_path, name):
     case, batches = ZOO[name], BATCHES["unequal"][:3]
     record(tmp_path / "run", case, OPTIMIZERS["adamw"], batches)
     compare(tmp_path / "run", case, reference(case, OPTIMIZERS["adamw"], batches))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_secant_rule_leaves_no_residual(tmp_path, name):
+    "At one piece per step, both sweeps, all targets at once or summed; the shares are those of the reference up to second order."
+    case = ZOO[name]
+    record(tmp_path, case, OPTIMIZERS["adamw"], BATCHES["unequal"][:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        ask = lambda **kw: explain(tmp_path, case.make(), case.data, case.loss, case.target, progress=False, **kw)
+        whole, summed, gauss = ask(rule="secant"), ask(rule="secant", keep=("sample",)), ask(rule="gauss", nodes=8)
+    full = reconstruct(tmp_path, case.make(), case.target, rule="secant", progress=False)
+    for r in (whole, summed, full): assert abs(r.residual).max() < 1e-13 and r.closing_error < 1e-13
+    assert np.allclose(summed.data, whole.data.sum([d for d in whole.data.dims if d != "sample"]), atol=1e-3 * abs(whole.data).max())
+    limit = .2 if name == "tied functional" else .02                       # autograd leaves out what the padding row does there
+    assert abs(whole.data - gauss.data).max() < limit * abs(gauss.data).max()
+    assert np.allclose(full.data.sum(("step", "component")), whole.data.sum(("step", "component", "sample")), atol=1e-3 * abs(whole.data).max())
+
+
+@pytest.mark.parametrize("axis", ["gradient", "update"])
+def test_the_secant_rule_with_an_average(small, axis):
+    case, path = small
+    r = run_rule(path, case, "richardson", step_axis=axis, average=ema(.7), keep=("target", "step", "component") if axis == "update" else ("step", "sample"))
+    assert abs(r.residual).max() < 1e-13 and r.closing_error < 1e-13 and r.nodes_per_step == 3
+    f = reconstruct(path, case.make(), case.target, rule="secant", average=ema(.7), progress=False)
+    assert abs(f.residual).max() < 1e-13 and abs(f.prediction - explain(path, case.make(), None, None, case.target, keep=("target",), average=ema(.7), progress=False).prediction.values).max() < 1e-13
+
+
+def run_rule(path, case, rule, **kwargs): return explain(path, case.make(), case.data, case.loss, case.target, rule=rule, progress=False, **kwargs)
 
 
 def schedule(optimizer, s):
