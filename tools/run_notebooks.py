@@ -4,6 +4,7 @@
 What is not run keeps the outputs it has: cells with `#| eval: false`, cells that call nbdev_export, and cells with a flag of
 `tst_flags` (settings.ini) unless the variable NB_FLAGS names it. The same run, without storing, is the test in nbs/conftest.py.
 """
+import importlib
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
@@ -89,6 +90,13 @@ def alarm(seconds):
         signal.signal(signal.SIGALRM, old)
 
 
+def registries():
+    "The library's module-level dicts (known optimizers, rules, ...) with copies: a notebook that defines what it exports registers its own classes"
+    importlib.import_module("explaind_nb")
+    modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == "explaind_nb"]
+    return [(v, dict(v)) for m in modules for k, v in vars(m).items() if isinstance(v, dict) and not k.startswith("__")]
+
+
 @contextmanager
 def isolated(folder):
     "Run in `folder` with known seeds, one thread and IN_TEST set; afterwards put back what a notebook may have changed"
@@ -103,9 +111,13 @@ def isolated(folder):
     sys.path[:0] = [str(folder), str(ROOT)]
     torch.set_num_threads(1)
     for seed in (random.seed, np.random.seed, torch.manual_seed): seed(0)
+    kept = registries()
     try:
         with matplotlib.rc_context(), warnings.catch_warnings(): yield
     finally:
+        for registry, before in kept:
+            registry.clear()
+            registry.update(before)
         plt.close("all")
         plt.switch_backend("agg")
         torch.set_default_dtype(dtype)
