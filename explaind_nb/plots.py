@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'RAISED', 'LOWERED', 'Text', 'account', 'waterfall', 'heatmap', 'top_samples', 'trajectory']
 
-# %% ../nbs/07_plots.ipynb #d643a270
+# %% ../nbs/07_plots.ipynb #2a56ce92
 from html import escape
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,12 +13,12 @@ import xarray as xr
 from matplotlib.colors import Normalize, SymLogNorm
 from .kernel import PARTS, total
 
-# %% ../nbs/07_plots.ipynb #58ef6bb9
+# %% ../nbs/07_plots.ipynb #983a67c2
 COLORS = dict(baseline="#8a9199", data="#0072b2", decay="#e69f00", penalty="#009e73", initial="#cc79a7",
               residual="#d55e00", prediction="#2b2f33")     # Okabe-Ito, readable with any colour vision
 RAISED, LOWERED = "#b2182b", "#2166ac"                      # the ends of the colour map RdBu, for signs
 
-# %% ../nbs/07_plots.ipynb #c0bff2b1
+# %% ../nbs/07_plots.ipynb #42888c46
 def _pick(result, target):
     "The result of one target. Raises `ValueError` if it is not clear which."
     axes = [d for d in ("target", *sorted(d for d in result.dims if d.startswith("output"))) if d in result.dims]
@@ -37,6 +37,12 @@ def _which(result, axes, target):
     which, along = ("one of them", axes[0]) if len(axes) == 1 else (f"({', '.join(axes)})", axes)
     return (f"The result holds {' x '.join(f'{result.sizes[d]} {d}s ({some[d]})' for d in axes)}: give target={which}, "
             f"or gather them first, as in result.mean({along!r}).")
+
+def _adding(result, target):
+    "The result for one target, if its parts add up."
+    if result.attrs.get("sweep") == "unrolled":
+        raise ValueError("This result holds derivatives (sweep='unrolled'), which do not add up to the prediction. Draw it by heatmap or top_samples, or explain with sweep='frozen'.")
+    return _pick(result, target)
 
 def _named(target): return "the target" if target is None else f"target {target}"
 
@@ -64,7 +70,7 @@ def _axes(ax, width, height):
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/07_plots.ipynb #5862f1ad
+# %% ../nbs/07_plots.ipynb #9933e8e2
 class Text(str):
     "A string that a notebook shows as it is printed."
     def __repr__(self): return str(self)
@@ -74,7 +80,7 @@ def account(result: xr.Dataset, # what `explain` or `reconstruct` returned
             target=None,        # which one, if there are several: its label, or `(target, output)`
            ) -> Text:
     "The parts that add up to a prediction, one line each, and what the residual consists of."
-    r = _pick(result, target)
+    r = _adding(result, target)
     t = {k: float(v) for k, v in total(r, ()).items()}
     split = {f"  {k}": float(r[k].sum()) for k in ("quadrature", "rounding", "replay") if k in r}
     gap, change = sum(t.values()) - 2 * t["prediction"], t["prediction"] - t["baseline"]
@@ -86,13 +92,13 @@ def account(result: xr.Dataset, # what `explain` or `reconstruct` returned
     closing = f"closing error {abs(gap) / max(1e-300, *map(abs, t.values())):.1g} of the largest term"
     return Text("\n".join([f"{'':<12}{'value':>14}{'of the change':>16}", *lines, "; ".join([*nodes, closing])]))
 
-# %% ../nbs/07_plots.ipynb #a4fc6076
+# %% ../nbs/07_plots.ipynb #f7e3279d
 def waterfall(result: xr.Dataset, # what `explain` or `reconstruct` returned
               target=None,        # which one, if there are several: its label, or `(target, output)`
               ax=None,            # Axes to draw into
              ) -> plt.Axes:
     "Baseline, data, decay and residual as bars that add up to the prediction."
-    t = {k: float(v) for k, v in total(_pick(result, target), ()).items()}
+    t = {k: float(v) for k, v in total(_adding(result, target), ()).items()}
     shown = ["baseline", *(k for k in PARTS if k in t and (k != "initial" or t[k])), "prediction"]
     height = np.array([t[k] for k in shown])
     start = np.r_[0, height[:-2].cumsum(), 0]
@@ -115,7 +121,7 @@ def waterfall(result: xr.Dataset, # what `explain` or `reconstruct` returned
     _title(ax, f"change {change:+.4g}" + (f", of which residual {_percent(t['residual'], change)}" if change else ""))
     return ax
 
-# %% ../nbs/07_plots.ipynb #5843a247
+# %% ../nbs/07_plots.ipynb #45f943ab
 def _bins(result, most):
     "First step of each of at most `most` bins, their places on the step axis, and the edges of the drawing."
     steps = result["step"].values
@@ -162,7 +168,7 @@ def heatmap(result: xr.Dataset,  # what `explain` or `reconstruct` returned, wit
     _title(ax, f"{part}: sum {x.sum():+.4g}")
     return ax
 
-# %% ../nbs/07_plots.ipynb #96c141d1
+# %% ../nbs/07_plots.ipynb #1413c17c
 def _extremes(x, k):
     "Places of the k largest positive entries, largest first, then of the k most negative ones, most negative last."
     order = np.argsort(-x, kind="stable")
@@ -204,7 +210,7 @@ def _concentration(x, at):
     return (f"{len(at)} of {len(x)} samples hold {held:+.4g} of the sum {whole:+.4g} ({_percent(held, whole)})\n"
             f"cancellation Σ|·| / |Σ·| = {np.abs(x).sum() / abs(whole):.3g}")
 
-# %% ../nbs/07_plots.ipynb #e2da3e4c
+# %% ../nbs/07_plots.ipynb #9a3c48b0
 def _curve(result, part):
     "A part accumulated over the steps, [S + 1], from 0. A part that has no step axis was there from the beginning."
     if "step" not in result[part].dims: return np.full(result.sizes["step"] + 1, float(result[part].sum()))
@@ -221,7 +227,7 @@ def trajectory(result: xr.Dataset, # what `explain` or `reconstruct` returned, w
                ax=None,            # Axes to draw into
               ) -> plt.Axes:
     "The prediction as it grew: accumulated parts, with and without the residual."
-    r = _pick(result, target)
+    r = _adding(result, target)
     _over(r, "data", "step")                                              # complains if the steps were not kept
     parts = {k: _curve(r, k) for k in PARTS if k in r}
     shown = {k: v for k, v in parts.items() if k not in ("penalty", "initial") or v.any()}

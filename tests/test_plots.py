@@ -297,3 +297,8 @@ def test_account_shows_what_is_missing():
     assert float(account(r).split("closing error ")[1].split()[0]) == pytest.approx(1., rel=.2)
     r["prediction"] = r["baseline"]
     assert "%" not in account(r)
+
+
+@pytest.mark.parametrize("plot", [waterfall, trajectory, account])
+def test_derivatives_do_not_add_up(plot):
+    with pytest.raises(ValueError, match="do not add up.*heatmap"): plot(xr.Dataset(attrs=dict(sweep="unrolled")))
