@@ -32,11 +32,15 @@ def against_training(p, steps):
     target = lambda net: nll(net, val[every]).mean()
     with Meter() as swept: explain(run, model, train, nll, target, keep=("step", "component", "sample"), rule="midpoint", nodes=1, progress=False)
     with Meter() as unseen: explain(run, model, None, None, target, keep=("step", "component"), rule="midpoint", nodes=1, progress=False)
+    with Meter() as unrolled: explain(run, model, train, nll, target, keep=("step", "component", "sample"), sweep="unrolled", progress=False)
+    with Meter() as chords: explain(run, model, train, nll, target, keep=("step", "component", "sample"), rule="secant", progress=False)
     with Meter() as forward: reconstruct(run, model, lambda net: net(val.tokens), keep=(), rule="midpoint", nodes=1, progress=False)
+    with Meter() as chords_forward: reconstruct(run, model, lambda net: net(val.tokens), keep=(), rule="secant", progress=False)
     print(f"p = {p}, {steps} steps, {len(train)} samples, {torch.get_num_threads()} thread(s); one midpoint node per step\n")
     print("| | ms per step | x training | peak MiB |\n|---|---|---|---|")
     rows = {"training, plain": plain, "training, recorded": recorded, "explain: step x component x sample": swept,
-            "explain: step x component": unseen, "reconstruct: all outputs": forward}
+            "the same, secant rule": chords, "the same, unrolled sweep": unrolled, "explain: step x component": unseen,
+            "reconstruct: all outputs": forward, "the same, secant rule, float64": chords_forward}
     for name, m in rows.items(): print(f"| {name} | {1e3 * m.seconds / steps:.1f} | {m.seconds / plain.seconds:.2f} | {m.peak:.0f} |")
     print(f"\nrecorder's hooks: {1e3 * recorder.cost['seconds'] / steps:.2f} ms and {recorder.cost['bytes'] / steps / 2**20:.2f} MiB per step\n")
 

@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'NODE_RULES', 'SECANT_RULES', 'PARTS', 'Layout', 'Probe', 'Move', 'Streams', 'Kept', 'Query', 'Samples',
            'Tails', 'Unrolled', 'explain', 'total', 'save', 'load', 'reconstruct', 'Forward']
 
-# %% ../nbs/06_kernel.ipynb #b39e337d
+# %% ../nbs/06_kernel.ipynb #3cec1d7a
 import copy, math, os, time, warnings
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +25,7 @@ from .secant import secant, secant_forward
 from .unrolled import pullback, unclip
 from .contraction import BUDGET, Contraction, components, plain_kernels
 
-# %% ../nbs/06_kernel.ipynb #061417d0
+# %% ../nbs/06_kernel.ipynb #612a6a5b
 class Layout:
     "Names, shapes and places of the parameters in one flat vector of length D."
     def __init__(self,
@@ -48,7 +48,7 @@ class Layout:
 
 def _only(tensors, names): return {k: tensors[k] for k in names}
 
-# %% ../nbs/06_kernel.ipynb #715d7cae
+# %% ../nbs/06_kernel.ipynb #a1b1560e
 class Probe:
     "A private copy of the model, movable along the path, with the target's values and gradients."
     def __init__(self, model, target, layout, device, dtype, summed):
@@ -92,7 +92,7 @@ def _vjps(out, params, chunk=32):
     for rows in torch.eye(len(out), dtype=out.dtype, device=out.device).split(chunk):
         yield rows, torch.autograd.grad(out, params, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
 
-# %% ../nbs/06_kernel.ipynb #76e718dc
+# %% ../nbs/06_kernel.ipynb #e8ec5fd1
 class Move:
     "One recorded step as flat vectors: `theta`, `delta`, the linear steps, the recorded gradient; `point` and `shift` of the explained weights."
     def __init__(self, history, s, layout, route, after=None):
@@ -141,7 +141,7 @@ class Move:
         each = lambda c, x: sum(a * b for a, b in zip(tree_leaves(c), tree_leaves(x)))
         return self.layout.flat({k: each(c, state[k]) for k, c in carry.items() if k in state}, (K,))
 
-# %% ../nbs/06_kernel.ipynb #4efa7739
+# %% ../nbs/06_kernel.ipynb #9d317bc4
 class Streams:
     "Forward streams through the frozen optimizer: how much of each displacement is the samples', weight decay's, the warm start's and rounding's."
     def __init__(self, route, start):
@@ -159,7 +159,7 @@ class Streams:
         decay, initial = move.layout.flat(decay), move.layout.flat(initial)
         return self.lag(move.s, dict(data=linear - decay - initial, decay=decay, initial=initial, rounding=move.delta - linear))
 
-# %% ../nbs/06_kernel.ipynb #25bc8da5
+# %% ../nbs/06_kernel.ipynb #6921560c
 def _window(steps, n):
     "First step, end, and the window edges of the step axis."
     if n == 0: raise ValueError("No steps are recorded yet: they are written when the `with Recorder(...)` block ends.")
@@ -170,7 +170,7 @@ def _window(steps, n):
     a, b, width = r.start, r.stop, r.step
     return a, b, width
 
-# %% ../nbs/06_kernel.ipynb #966f29c1
+# %% ../nbs/06_kernel.ipynb #21234dd6
 AXES = ("target", "step", "component", "sample")
 
 class Kept:
@@ -189,7 +189,7 @@ class Kept:
     def array(self):
         return self.keep, self.x.squeeze(tuple(i for i, a in enumerate(AXES) if a not in self.keep)).numpy()
 
-# %% ../nbs/06_kernel.ipynb #fd02d329
+# %% ../nbs/06_kernel.ipynb #ce22d675
 NODE_RULES, SECANT_RULES = ("adaptive", "midpoint", "gauss"), ("secant", "richardson")
 
 def _check_arguments(keep, rule, nodes, tol, dtype):
@@ -296,7 +296,7 @@ def _component_of(layout, comps):
         out[place] = index if isinstance(index, int) else torch.as_tensor(index).repeat_interleave(size // len(index))
     return out
 
-# %% ../nbs/06_kernel.ipynb #e029fcfe
+# %% ../nbs/06_kernel.ipynb #34faa5c2
 def _mismatch(recorded, revisited):
     "Relative distance of two gradients, and the factor that would fit best."
     size = recorded.norm()
@@ -322,7 +322,7 @@ def _check_gradient(s, recorded, revisited, noise=0., tol=1e-2):
            "and a loop under autocast needs it inside the loss")
     raise ValueError(f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}.")
 
-# %% ../nbs/06_kernel.ipynb #2c9e67d0
+# %% ../nbs/06_kernel.ipynb #e6a27ab9
 class Samples:
     "Revisits training batches: contracts `psi` with the gradients of single samples."
     def __init__(self, query, loss, data, engine, samples, penalty):
@@ -415,7 +415,7 @@ def _in_mode(model, training):
     "Modules in the mode of the recorded step (see `History.training`)."
     before = {m: m.training for m in model.modules()}
     try:
-        for n, m in model.named_modules(): m.training = training if isinstance(training, bool) else n in training
+        for n, m in model.named_modules() if training is not None else (): m.training = training if isinstance(training, bool) else n in training
         yield
     finally:
         for m, on in before.items(): m.training = on
@@ -428,7 +428,7 @@ def _groups(samples, ids):
     except TypeError: raise TypeError("samples= needs a label (a string or a number) for every sample.") from None
     return labels, torch.as_tensor(group)
 
-# %% ../nbs/06_kernel.ipynb #cd68f6e9
+# %% ../nbs/06_kernel.ipynb #04894bf2
 class Tails:
     "What later steps send back to the one at hand, for every window that still gets something: T rows each."
     def __init__(self, T): self.T, self.keys, self.carry, self.chi, self.peak = T, [], {}, None, None
@@ -460,7 +460,7 @@ class Tails:
         self.chi, self.carry, self.peak = keep(self.chi), tree_map(keep, self.carry), self.peak[alive]
         self.keys = [self.keys[l] for l in alive]
 
-# %% ../nbs/06_kernel.ipynb #9f202ed9
+# %% ../nbs/06_kernel.ipynb #fffd310e
 def _sweep(q, samples, out, by_update, bar):
     "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline, prediction and the largest gradient mismatch."
     f_start, f_end = q.ends(q.values)
@@ -499,7 +499,7 @@ def _warn_rounding(result):
     if lost > .05 * change: warnings.warn(f"The linear steps do not account for displacements that changed the target by {float(lost):.2g} (`rounding`; the whole change is {float(change):.2g}): "
                                           "the optimizer computes in low precision (Muon in bfloat16), or the parameters are in float32 and hardly moved.", stacklevel=3)
 
-# %% ../nbs/06_kernel.ipynb #52bc5d49
+# %% ../nbs/06_kernel.ipynb #35939e34
 def _march(q, out, bar):
     "Walk the steps forwards for component x update step; fill `out`. Returns baseline and prediction."
     f_start, f_end = q.ends(q.values)
@@ -516,7 +516,7 @@ def _march(q, out, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #88b65662
+# %% ../nbs/06_kernel.ipynb #2418e01b
 class Unrolled:
     "Costates of the parameters and the optimizer's tensors, walked back step by step."
     def __init__(self, q, samples):
@@ -588,7 +588,7 @@ def _unroll(q, samples, out, bar):
         bar.update()
     return f_start, f_end, 0.
 
-# %% ../nbs/06_kernel.ipynb #af303378
+# %% ../nbs/06_kernel.ipynb #424cd35c
 PARTS = ("data", "decay", "penalty", "initial", "residual")   # these and the baseline add up to the prediction
 
 def explain(path,                   # directory of a recorded run, or an open `History`
@@ -684,7 +684,7 @@ def _versions(q):
     return dict(explaind_nb=__version__, torch=str(torch.__version__), device=str(q.device), dtype=str(q.dtype).removeprefix("torch."),
                 start=q.start, stop=q.stop, path=str(q.history.path))
 
-# %% ../nbs/06_kernel.ipynb #0a3cc03c
+# %% ../nbs/06_kernel.ipynb #1c956a1a
 def _dataset(q, out, ends, seen):
     f_start, f_end, worst = ends
     ds = xr.Dataset({k: v.array() for k, v in out.items()})
@@ -720,7 +720,7 @@ def load(path) -> xr.Dataset:
     "Read what `save` wrote."
     return xr.load_dataset(path, engine="h5netcdf")
 
-# %% ../nbs/06_kernel.ipynb #803c018b
+# %% ../nbs/06_kernel.ipynb #c1564d5d
 def reconstruct(path,                    # directory of a recorded run, or an open `History`
                 model: nn.Module,        # the network that was trained
                 fn,                      # `fn(model) -> Tensor` of any shape: all outputs at once
