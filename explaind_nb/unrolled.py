@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['STEPS', 'unrolled_step', 'pullback', 'unclip']
 
-# %% ../nbs/05c_unrolled.ipynb #4ae41b1d
+# %% ../nbs/05c_unrolled.ipynb #39ee4ed9
 import math
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 from . import every_optimizer as eo, optimizers as op
 
-# %% ../nbs/05c_unrolled.ipynb #f0f3c78e
+# %% ../nbs/05c_unrolled.ipynb #095dbec6
 def _sqrt(v):
     "The square root, with derivative 0 at 0."
     return torch.where(v > 0, torch.where(v > 0, v, 1.).sqrt(), 0.)
@@ -34,7 +34,7 @@ def _adam(st, state, u):
     denom = _sqrt(v) / math.sqrt(1 - beta2**st.count) + st.hyper["eps"]
     return -st.lr / (1 - beta1**st.count) * m / denom, after
 
-# %% ../nbs/05c_unrolled.ipynb #e1e46b38
+# %% ../nbs/05c_unrolled.ipynb #c82e9c8c
 def _radam(st, state, u):
     m, v = _moments(st, state, u)
     n, (beta1, beta2) = st.count, st.hyper["betas"]
@@ -78,9 +78,21 @@ def _rmsprop(st, state, u):
 
 def _asgd(st, state, u): return st.gain * u, {}
 
-# %% ../nbs/05c_unrolled.ipynb #2d388aaf
+def _adafactor(st, state, u):
+    rms, (eps1, eps2), enter, u2 = lambda x: (x * x).mean().sqrt(), st.hyper["eps"], st.count**st.hyper["beta2_decay"], u * u
+    follow = lambda key, x: torch.lerp(state.get(key, torch.zeros_like(x)), x, enter)
+    if u.dim() > 1:
+        after = dict(row_var=follow("row_var", u2.mean(-1, keepdim=True)), col_var=follow("col_var", u2.mean(-2, keepdim=True)))
+        v = after["row_var"] @ after["col_var"] / after["row_var"].mean(-2, keepdim=True).clamp(min=eps1)
+    else: v = follow("variance", u2); after = dict(variance=v)
+    x = v.clamp(min=eps1**2).rsqrt() * u
+    rate = rms(state["theta"]).clamp(min=eps2) * min(st.lr, st.count**-0.5)
+    return -rate / (rms(x) / st.hyper["d"]).clamp(min=1.) * x, after
+
+# %% ../nbs/05c_unrolled.ipynb #b09cbe7f
 STEPS = {op.SGDStep: _sgd, op.AdamStep: _adam, op.AdamWStep: _adam, eo.RAdamStep: _radam, eo.NAdamStep: _nadam, eo.AdamaxStep: _adamax,
-         eo.AdagradStep: _adagrad, eo.AdadeltaStep: _adadelta, eo.RMSpropStep: _rmsprop, eo.ASGDStep: _asgd}
+         eo.AdagradStep: _adagrad, eo.AdadeltaStep: _adadelta, eo.RMSpropStep: _rmsprop, eo.ASGDStep: _asgd,
+         eo.AdafactorStep: _adafactor}
 
 def unrolled_step(st,             # the LinearStep of the recorded step: hyper-parameters and counter
                   theta: Tensor,  # the parameter before the step
@@ -91,7 +103,7 @@ def unrolled_step(st,             # the LinearStep of the recorded step: hyper-p
     if type(st) not in STEPS:
         raise TypeError(f"{type(st).__name__} cannot be unrolled: its step is not a smooth function of the gradient, or is not described in explaind_nb.unrolled.STEPS. Use sweep='frozen'.")
     direct = st.decoupled(theta)
-    delta, after = STEPS[type(st)](st, state, st.sign * st.couple(g, theta))
+    delta, after = STEPS[type(st)](st, dict(state, theta=theta), st.sign * st.couple(g, theta))
     return theta + delta + (0. if direct is None else direct), after
 
 def pullback(st, theta, state, g,  # as in `unrolled_step`
@@ -103,7 +115,7 @@ def pullback(st, theta, state, g,  # as in `unrolled_step`
     a_state = {k: a_state.get(k, a_theta.new_zeros(len(a_theta), *x.shape)) for k, x in after.items()}
     return vmap(pull)((a_theta, a_state))
 
-# %% ../nbs/05c_unrolled.ipynb #dfa10719
+# %% ../nbs/05c_unrolled.ipynb #61059f3f
 def unclip(a: Tensor,      # cotangent of the used gradient, flat [T, D]
            g: Tensor,      # the gradient that was used, flat [D]
            scale,          # factors from the accumulated to the used gradient, flat [D] or a number

@@ -15,7 +15,8 @@ MORE = dict(
     radam=lambda ps: torch.optim.RAdam(ps, lr=.02, betas=(.8, .9), weight_decay=.1), nadam=lambda ps: torch.optim.NAdam(ps, lr=.02, weight_decay=.1, maximize=True),
     adamax=lambda ps: torch.optim.Adamax(ps, lr=.02, weight_decay=.1), adagrad=lambda ps: torch.optim.Adagrad(ps, lr=.05, lr_decay=.1, initial_accumulator_value=.1),
     adadelta=lambda ps: torch.optim.Adadelta(ps, lr=5., weight_decay=.1), rmsprop=lambda ps: torch.optim.RMSprop(ps, lr=.01, momentum=.9, weight_decay=.1),
-    centred=lambda ps: torch.optim.RMSprop(ps, lr=.01, centered=True, eps=.1), asgd=lambda ps: torch.optim.ASGD(ps, lr=.1, lambd=.1, t0=3, weight_decay=.1))
+    centred=lambda ps: torch.optim.RMSprop(ps, lr=.01, centered=True, eps=.1), asgd=lambda ps: torch.optim.ASGD(ps, lr=.1, lambd=.1, t0=3, weight_decay=.1),
+    adafactor=lambda ps: torch.optim.Adafactor(ps, lr=.05, weight_decay=.1))
 RUN = BATCHES["unequal"] + BATCHES["repeats"]
 PENALTY = lambda m: .01 * sum(p.square().sum() ** 2 for p in m.parameters())
 
