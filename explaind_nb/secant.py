@@ -6,7 +6,7 @@
 __all__ = ['SLOPES', 'KINKED', 'NEAR', 'PULLS', 'RULES', 'EPS', 'ramp', 'slope', 'inner_nodes', 'completed', 'fractions', 'chord',
            'secant', 'secant_forward']
 
-# %% ../nbs/04b_secant.ipynb #6599ef4a
+# %% ../nbs/04b_secant.ipynb #1de679de
 import math
 from functools import lru_cache
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from .graph import Graph, LinearMap, linearise, pusher
 from .quadrature import nodes_weights
 
-# %% ../nbs/04b_secant.ipynb #013c70c3
+# %% ../nbs/04b_secant.ipynb #755248bc
 def _mid(a, b): return torch.lerp(a, b, .5) if a.dtype.is_floating_point else a
 def _moved(a, b): return torch.where(a == b, 0., b - a)                 # infinities that stay have not moved
 def _per(f, x): return torch.where(x == 0, 1., f(x) / x)                # f(x) / x, for f(0) = 0 and f'(0) = 1
@@ -41,7 +41,7 @@ SLOPES = dict(exp=_exp, log=_log, tanh=_tanh, sigmoid=_sigmoid, silu=_silu, sqrt
     sin=lambda a, b, fa, fb: _mid(a, b).cos() * _half_sinc(a, b),
     cos=lambda a, b, fa, fb: -_mid(a, b).sin() * _half_sinc(a, b))
 
-# %% ../nbs/04b_secant.ipynb #2142243f
+# %% ../nbs/04b_secant.ipynb #065caa43
 def ramp(a, b, tie=0.):
     "Part of the way from `a` to `b` on which the value is positive; `tie` where it stays 0."
     return (torch.maximum(a, b) / (b - a).abs()).clamp_(0, 1).nan_to_num_(tie)
@@ -53,7 +53,7 @@ KINKED = dict(relu=lambda op, a, b: ramp(a, b), leaky_relu=_leaky, abs=lambda op
     clamp_min=lambda op, a, b: ramp(a - op.option("min"), b - op.option("min"), 1.),
     clamp_max=lambda op, a, b: 1 - ramp(a - op.option("max"), b - op.option("max")))
 
-# %% ../nbs/04b_secant.ipynb #5819c7fe
+# %% ../nbs/04b_secant.ipynb #4e39334b
 NEAR = 1e-3
 
 def _derivative(f, x):
@@ -74,7 +74,7 @@ def slope(op,             # an elementwise operation
     inner = (_derivative(f, middle - d / 12**.5) + _derivative(f, middle + d / 12**.5)) / 2
     return torch.where(near, inner, (fb - fa) / d)
 
-# %% ../nbs/04b_secant.ipynb #aad0746a
+# %% ../nbs/04b_secant.ipynb #7cdcad57
 def _rows(x): return x.reshape(-1, x.shape[-1])
 def _to(x, like): return x.sum_to_size(like.shape) if x.shape != like.shape else x
 
@@ -122,7 +122,7 @@ def _elementwise(op, lo, hi):
 
 RULES = dict(linear=_linear, bilinear=_bilinear, ratio=_ratio, elementwise=_elementwise, lookup=_lookup)    # kind -> rule
 
-# %% ../nbs/04b_secant.ipynb #11b5ba9e
+# %% ../nbs/04b_secant.ipynb #21f7ff06
 EPS = torch.finfo(torch.float64).eps
 
 def inner_nodes(reach: float,        # how far the inputs of a softmax move relative to each other
@@ -166,7 +166,7 @@ def _softmax(op, lo, hi):
     def move(t): return [sum(w * p * (t - (p * t).sum(dim, keepdim=True)) for w, p in nodes)]    # its own transpose
     return ends, *completed(move, move, [d], ends, dim)
 
-# %% ../nbs/04b_secant.ipynb #5a68ca47
+# %% ../nbs/04b_secant.ipynb #db2cfad6
 def _logsumexp(op, lo, hi):
     a, b, dim, ends = lo[0], hi[0], op.option("dim"), [op(*lo), op(*hi)]
     d, sums = _moved(a, b), [[x.logsumexp(dim, keepdim=True)] for x in (a, b)]
@@ -175,7 +175,7 @@ def _logsumexp(op, lo, hi):
     if op.name == "logsumexp": return ends, lambda t: [push(t)[0].reshape(ends[0][0].shape)], lambda g: pull(g.reshape(sums[0][0].shape))
     return ends, lambda t: [t - push(t)[0]], lambda g: [g - pull(g.sum(dim, keepdim=True))[0]]
 
-# %% ../nbs/04b_secant.ipynb #6fbd97eb
+# %% ../nbs/04b_secant.ipynb #0481fb10
 def _normalise(op, lo, hi):
     n, eps, ends = len(op.option("normalized_shape")), op.option("eps"), [op(*lo), op(*hi)]
     rows = lambda x: x.flatten(-n)
@@ -193,7 +193,7 @@ def _normalise(op, lo, hi):
 
 RULES.update(softmax=_softmax, logsumexp=_logsumexp, normalise=_normalise)
 
-# %% ../nbs/04b_secant.ipynb #1c2871a8
+# %% ../nbs/04b_secant.ipynb #513f36da
 def _smooth(op, lo, hi):
     f, a = op.at(lo)
     d = [y - x for x, y in zip(a, op.at(hi)[1])]
@@ -204,7 +204,7 @@ def _smooth(op, lo, hi):
 
 RULES.update(smooth=_smooth)
 
-# %% ../nbs/04b_secant.ipynb #6d0961c5
+# %% ../nbs/04b_secant.ipynb #7e936715
 def fractions(a: Tensor,  # [..., n] at one end
               b: Tensor,  # [..., n] at the other
              ) -> Tensor: # [..., n], sums to 1
@@ -237,7 +237,7 @@ def _maximum(op, lo, hi):
     kept = [1 if i in dims else n for i, n in enumerate(a.shape)]
     return ends, lambda t: [(part * t).sum(dims).reshape(ends[0][0].shape)], lambda g: [part * g.reshape(kept)]
 
-# %% ../nbs/04b_secant.ipynb #04782f95
+# %% ../nbs/04b_secant.ipynb #21d16eb2
 def _ordered(op, lo, hi):
     ends = [op(*lo), op(*hi)]
     if not torch.equal(ends[0][1], ends[1][1]):
@@ -247,7 +247,7 @@ def _ordered(op, lo, hi):
 
 RULES.update(maximum=_maximum, ordered=_ordered)
 
-# %% ../nbs/04b_secant.ipynb #d09275df
+# %% ../nbs/04b_secant.ipynb #3616bf7c
 def chord(op, lo, hi):
     "The secant rule: outputs at both ends, push, pull."
     if op.kind not in RULES:
@@ -255,7 +255,7 @@ def chord(op, lo, hi):
                          "outputs at both ends, push, pull.")
     return RULES[op.kind](op, lo, hi)
 
-# %% ../nbs/04b_secant.ipynb #6ac587d4
+# %% ../nbs/04b_secant.ipynb #02cec558
 def _maps(graph, theta0, theta1, nodes, richardson):
     "Weights and linear maps of the pieces of a segment"
     if nodes < 1: raise ValueError(f"The secant rule needs at least one piece, got nodes={nodes}.")
