@@ -6,19 +6,19 @@
 __all__ = ['DiagonalStep', 'AdagradStep', 'AdadeltaStep', 'ASGDStep', 'RpropStep', 'AdafactorStep', 'AdamaxStep', 'RAdamStep',
            'NAdamStep', 'RMSpropStep', 'MuonStep', 'LionStep', 'ScheduleFreeStep']
 
-# %% ../nbs/02a_every_optimizer.ipynb #7d7474b8
+# %% ../nbs/02a_every_optimizer.ipynb #9bd026df
 import math
 from functools import cached_property
 import torch
 from torch import Tensor
 from .optimizers import LinearStep, AdamStep, register, _plain
 
-# %% ../nbs/02a_every_optimizer.ipynb #f1e2201e
+# %% ../nbs/02a_every_optimizer.ipynb #f275ddfe
 def _still(gain, *signals):
     "A diagonal, set to 0 where all the signals are 0: such entries did not move."
     return gain.masked_fill(sum(o.abs() for o in signals) == 0, 0.)
 
-# %% ../nbs/02a_every_optimizer.ipynb #4ae65319
+# %% ../nbs/02a_every_optimizer.ipynb #512e2bce
 class DiagonalStep(LinearStep):
     "A step without memory: each entry of the gradient times a frozen number, `gain`."
     def forward(self, state, g): return self.gain * (self.sign * g), state
@@ -43,7 +43,7 @@ class AdadeltaStep(DiagonalStep):
         moved, eps = self.before.get("acc_delta", 0.), self.hyper["eps"]
         return -self.lr * ((moved + eps) / (self.rec["square_avg"] + eps))**0.5
 
-# %% ../nbs/02a_every_optimizer.ipynb #09afe10a
+# %% ../nbs/02a_every_optimizer.ipynb #6bef4bd2
 class ASGDStep(DiagonalStep):
     "`torch.optim.ASGD`: plain steps at a rate that was set in the step before; `lambd` decays directly."
     names = ("lr", "lambd", "weight_decay", "maximize")
@@ -85,17 +85,19 @@ class AdafactorStep(DiagonalStep):
 
 def _rms(x): return x.norm() / x.numel()**0.5
 
-# %% ../nbs/02a_every_optimizer.ipynb #e08221b5
+# %% ../nbs/02a_every_optimizer.ipynb #742f13cd
 class AdamaxStep(AdamStep):
     "`torch.optim.Adamax`: momentum over the decaying maximum of the gradient's magnitude."
-    names = ("lr", "betas", "eps", "weight_decay", "maximize")
+    names = ("lr", "betas", "eps", "weight_decay", "maximize", "capturable")
     keys = ("exp_avg", "exp_inf")
     @property
     def gain(self): return _still(-self.lr / (1 - self.beta1**self.count) / self.rec["exp_inf"], self.state)
 
 class RAdamStep(AdamStep):
     "`torch.optim.RAdam`: plain momentum in the first steps, then Adam with a rectified rate."
-    names = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
+    names = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay", "capturable")
+    @property
+    def slack(self): return .02 if self.hyper.get("capturable") else 1e-5    # rho cancels in single precision
     @property
     def gain(self):
         v, n, beta2 = self.rec["exp_avg_sq"], self.count, self.hyper["betas"][1]
@@ -127,7 +129,7 @@ class NAdamStep(RAdamStep):
         psi, back = super().transpose(phi, carry)
         return psi + self.sign * self.direct * phi, back
 
-# %% ../nbs/02a_every_optimizer.ipynb #b287aaf1
+# %% ../nbs/02a_every_optimizer.ipynb #0d4036b7
 class RMSpropStep(LinearStep):
     "`torch.optim.RMSprop`: preconditioned gradients (centred or not), with momentum or without."
     names = ("lr", "alpha", "eps", "momentum", "centered", "weight_decay", "maximize")
@@ -152,7 +154,7 @@ class RMSpropStep(LinearStep):
         c = -self.lr * phi + (0. if carry is None else carry)
         return self.preconditioner * c, self.hyper["momentum"] * c
 
-# %% ../nbs/02a_every_optimizer.ipynb #3a8bdc83
+# %% ../nbs/02a_every_optimizer.ipynb #b3c301e1
 def _orthogonalizer(x, coefficients, steps, eps):
     "The matrix M, a polynomial in x xᵀ, with M x = the Newton-Schulz iterate of x; 0 if x is."
     a, b, c = coefficients
@@ -203,13 +205,13 @@ class MuonStep(LinearStep):
     def gradient(self, state_prev, theta):
         return (self.state - (0. if state_prev is None else self.mu * state_prev)) / (1 - self.mu)
 
-# %% ../nbs/02a_every_optimizer.ipynb #9609d089
+# %% ../nbs/02a_every_optimizer.ipynb #098a9130
 for _name, _step in dict(Adagrad=AdagradStep, Adadelta=AdadeltaStep, ASGD=ASGDStep, Rprop=RpropStep,
                          Adafactor=AdafactorStep, Adamax=AdamaxStep, RAdam=RAdamStep, NAdam=NAdamStep,
                          RMSprop=RMSpropStep, Muon=MuonStep).items():
     if hasattr(torch.optim, _name): register(getattr(torch.optim, _name), _step)
 
-# %% ../nbs/02a_every_optimizer.ipynb #43540acf
+# %% ../nbs/02a_every_optimizer.ipynb #3723d523
 class LionStep(LinearStep):
     "Lion: the sign of a look-ahead is that look-ahead over its frozen magnitude. To be registered for your Lion."
     names = ("lr", "betas", "weight_decay")
@@ -230,7 +232,7 @@ class LionStep(LinearStep):
         if carry is None: return (1 - beta1) * c, beta1 * c
         return (1 - beta1) * c + (1 - beta2) * carry, beta1 * c + beta2 * carry
 
-# %% ../nbs/02a_every_optimizer.ipynb #3e7ecf87
+# %% ../nbs/02a_every_optimizer.ipynb #a85e26f1
 class ScheduleFreeStep(LinearStep):
     "Schedule-free AdamW, recorded at the training point y; the state is z - y. To be registered for your class."
     spoils_grad = True

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'FILE_BYTES', 'FLUSH_SECONDS', 'checksum', 'read_index', 'C
            'largest', 'limits', 'factor', 'diagonal', 'warn_tf32', 'check_modules', 'random_state', 'set_random_state',
            'keep_random', 'Recorder', 'Indexed']
 
-# %% ../nbs/03_history.ipynb #1525517d
+# %% ../nbs/03_history.ipynb #36c33563
 import json, math, os, queue, random, shutil, threading, time, warnings, zlib
 from contextlib import contextmanager
 from functools import lru_cache, wraps
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from fastcore.basics import patch
 from .optimizers import linear_step_class, kind_of, step_class_of
 
-# %% ../nbs/03_history.ipynb #8dcbcdab
+# %% ../nbs/03_history.ipynb #0964e323
 FORMAT = "explaind_nb history 1"
 FILE_BYTES = 16 << 20    # a data file is written once it holds this much,
 FLUSH_SECONDS = 10.      # or once its oldest step has waited this long
@@ -47,7 +47,7 @@ def checksum(tensors) -> int:
     for t in tensors: crc = zlib.crc32(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
     return crc
 
-# %% ../nbs/03_history.ipynb #b2fb221d
+# %% ../nbs/03_history.ipynb #de9a7409
 def _damaged(file, error):
     return RuntimeError(f"{file} is missing or damaged ({error}). Restore the file from a copy, or record again.")
 
@@ -64,7 +64,7 @@ def read_index(file) -> tuple:   # the lines, and how many bytes they take
         good += len(row)
     return lines, good
 
-# %% ../nbs/03_history.ipynb #53db350d
+# %% ../nbs/03_history.ipynb #a117dffb
 class Chunk:
     "Consecutive steps on their way to one file: `tensors[key][row]`."
     def __init__(self,
@@ -98,7 +98,7 @@ def _checksums(tensors, ids, weights):
     theta, rest = ([tensors[k] for k in sorted(tensors) if k.startswith("theta/") is own] for own in (True, False))
     return [checksum(theta), checksum(rest + [ids, weights])]
 
-# %% ../nbs/03_history.ipynb #24b4c239
+# %% ../nbs/03_history.ipynb #84838496
 class Store:
     "Appends steps to a directory, in order, from a background thread."
     def __init__(self, path):
@@ -164,7 +164,7 @@ def _lock(file):
         raise RuntimeError(f"{Path(file.name).parent} is being recorded to by another Recorder. "
                            "Wait for it, or take a new directory.") from None
 
-# %% ../nbs/03_history.ipynb #d577e169
+# %% ../nbs/03_history.ipynb #0f6e53b0
 class _File:
     "One data file, mapped into memory."
     def __init__(self, path):
@@ -281,7 +281,7 @@ class History:
         "Learning rate of the first parameter group in step `s`."
         return self.record(s)["groups"][0]["hyper"]["lr"]
 
-# %% ../nbs/03_history.ipynb #65559967
+# %% ../nbs/03_history.ipynb #79ab74e7
 def _same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
 
 def _buffers(model): return {f"buffer/{n}": b.detach() for n, b in model.named_buffers()}
@@ -321,7 +321,7 @@ def find(self:History, model: nn.Module):
         line = self.record(s - 1)
         if crc(*sorted(k for k in self._open(line["file"]).keys if k in params)) == line["crc32"][0]: return s
 
-# %% ../nbs/03_history.ipynb #28e17b25
+# %% ../nbs/03_history.ipynb #29cab2f1
 def _as_list(optimizer): return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
 
 _NO_STATE = "grad", "theta"      # recorded for the linear step, not part of the optimizer's state
@@ -374,7 +374,7 @@ def restore(self:History,
         if n in state:
             o.state[p] = {k: _counter(v, p, group) if k == "step" else _placed(k, v, p, group) for k, v in state[n].items()}
 
-# %% ../nbs/03_history.ipynb #68ae436c
+# %% ../nbs/03_history.ipynb #f14eaa3d
 def linear_deviation(step,            # LinearStep
                      g,               # gradient, as in `p.grad`
                      prev,            # linear state before the step, None if there was none
@@ -400,7 +400,7 @@ def limits(delta, state, theta, # largest magnitudes, floats
     "What rounding may do to a displacement and to a state."
     return 4*eps*theta + slack*delta, 1e-5*state + 8*eps*theta*place
 
-# %% ../nbs/03_history.ipynb #c2ad9ec8
+# %% ../nbs/03_history.ipynb #db0a5bf2
 def factor(a: Tensor,   # gradient as accumulated
            b: Tensor,   # gradient as used
           ):            # float or None
@@ -420,7 +420,7 @@ def diagonal(a: Tensor,   # gradient as accumulated
     if c is None or not torch.allclose(b, (c * a).clamp(low, high), rtol=8*torch.finfo(a.dtype).eps, atol=0): return None
     return torch.where(a == 0, 1., b / a)
 
-# %% ../nbs/03_history.ipynb #99dbb67d
+# %% ../nbs/03_history.ipynb #79d7a967
 _coupling, _running = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
 def _random(m):
@@ -448,7 +448,7 @@ def check_modules(modules,       # of a model: `named_modules()`
     for name, m in modules:
         if (why := _unfit(m, random)): raise ValueError(f"Module {name!r} ({type(m).__name__}) {why}.")
 
-# %% ../nbs/03_history.ipynb #390fc63b
+# %% ../nbs/03_history.ipynb #63b6dc77
 def random_state(device="cpu") -> Tensor:
     "Where the random generators stand: torch's on the CPU and on `device`, numpy's, Python's; as bytes [n]."
     kind, keys, *rest = np.random.get_state()
@@ -477,7 +477,7 @@ def keep_random(device="cpu"):
     try: yield
     finally: set_random_state(state, device)
 
-# %% ../nbs/03_history.ipynb #49303a35
+# %% ../nbs/03_history.ipynb #dff21cfb
 def _checked_batch(ids, weight):
     "Ids as int64 [B] and weights as float64 [B] on the CPU."
     ids = torch.as_tensor(ids).detach()
@@ -527,7 +527,7 @@ class Recorder:
         "What recording has taken so far: steps, seconds in the training loop, bytes on disk."
         return dict(steps=self.step, seconds=self.seconds, bytes=self.store.bytes)
 
-# %% ../nbs/03_history.ipynb #1246fe23
+# %% ../nbs/03_history.ipynb #7931f8e1
 def _clean(path):
     "Make `path` a directory without leftovers of killed writes; refuse one that holds something else."
     path.mkdir(parents=True, exist_ok=True)
@@ -612,7 +612,7 @@ def _keys(cls, o, group):
     kept = next((o.state[p] for p in group["params"] if o.state.get(p)), {})
     return list(dict.fromkeys([*cls.state_keys(group), *(k for k, v in kept.items() if isinstance(v, Tensor))]))
 
-# %% ../nbs/03_history.ipynb #11027fcb
+# %% ../nbs/03_history.ipynb #62b73f4b
 @patch
 def _meta(self:Recorder) -> dict:
     "What holds for the whole run."
@@ -673,7 +673,7 @@ def _state(self:History, s):
     state = self.optimizer_state(s)
     return {f"{k}/{n}": torch.as_tensor(v).double() for n, o in state.items() for k, v in o.items()}
 
-# %% ../nbs/03_history.ipynb #83e8f46c
+# %% ../nbs/03_history.ipynb #7f58d9c9
 @patch
 def _refuse(self:Recorder, what, remedy): raise RuntimeError(f"Step {self.step}: {what}. {remedy}.")
 
@@ -733,7 +733,7 @@ def _accumulated(self:Recorder, i):
     self.arrived.add(i)
     self.late |= bool(self.done)
 
-# %% ../nbs/03_history.ipynb #a09fd816
+# %% ../nbs/03_history.ipynb #d52beb7b
 @patch
 @_timed
 def _before_step(self:Recorder, k):
@@ -813,7 +813,7 @@ def _constant_changed(kind, name):
                                 "Put it into a group of an optimizer given to the Recorder, or leave it alone")
     return f"buffer {name!r} changed", "Keep buffers fixed (eval() mode?): only what parameters do is explained"
 
-# %% ../nbs/03_history.ipynb #b3795811
+# %% ../nbs/03_history.ipynb #9c979332
 @patch
 @_timed
 @torch.no_grad()
@@ -877,7 +877,7 @@ def _compare(self:Recorder, cls, group, which, tensors):
     before, after = string("theta", self.mirror), string("theta", tensors)
     found = largest([*linear_deviation(step, g, prev, before, after), after], [t.numel() for t in grads])
     for i, delta, error, state, drift, theta in zip(which, *found):
-        limit, limit_state = limits(delta, state, theta, torch.finfo(g.dtype).eps, cls.slack, "theta" in keys)
+        limit, limit_state = limits(delta, state, theta, torch.finfo(g.dtype).eps, step.slack, "theta" in keys)
         if not error <= limit: self._not_linear(i, "displacement", error, limit)
         if not drift <= limit_state: self._not_linear(i, "optimizer state", drift, limit_state)
         self.deviation[i] = float(f"{error:.2e}")
@@ -957,7 +957,7 @@ def __exit__(self:Recorder, kind, *_):
         self._skip()
         self.store.close([dict(skipped=self.skipped)] if self.skipped else [])
 
-# %% ../nbs/03_history.ipynb #03a3fedb
+# %% ../nbs/03_history.ipynb #46c36d35
 class Indexed(torch.utils.data.Dataset):
     "A dataset whose items begin with their index: `(i, *item)`."
     def __init__(self, dataset): self.dataset = dataset

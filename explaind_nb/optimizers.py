@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LinearStep', 'SGDStep', 'AdamStep', 'AdamWStep', 'register', 'linear_step_class', 'kind_of', 'step_class_of']
 
-# %% ../nbs/02_optimizers.ipynb #6e2ad12a
+# %% ../nbs/02_optimizers.ipynb #5698e0ce
 import math
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-# %% ../nbs/02_optimizers.ipynb #849b6f57
+# %% ../nbs/02_optimizers.ipynb #6aba7e39
 class LinearStep:
     "One parameter tensor at one recorded step, coefficients frozen: $(state, g) \\mapsto (\\Delta, state')$ and its transpose."
     names = ()          # hyper-parameters that the linear map needs
@@ -97,7 +97,7 @@ def _plain(x):
     if isinstance(x, Tensor): return x.item()
     return [_plain(o) for o in x] if isinstance(x, (tuple, list)) else x
 
-# %% ../nbs/02_optimizers.ipynb #611225ef
+# %% ../nbs/02_optimizers.ipynb #b6e89b68
 class SGDStep(LinearStep):
     "`torch.optim.SGD`: momentum, dampening, Nesterov, coupled weight decay, maximize."
     names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
@@ -126,11 +126,15 @@ class SGDStep(LinearStep):
         prev = 0. if state_prev is None or self.count == 1 else self.mu * state_prev
         return self.uncouple(self.sign * (self.state - prev) / self.keep, theta)
 
-# %% ../nbs/02_optimizers.ipynb #0a3df0db
+# %% ../nbs/02_optimizers.ipynb #ca7e335e
 class AdamStep(LinearStep):
     "`torch.optim.Adam` (coupled decay) and `torch.optim.AdamW` (decoupled), with AMSGrad and maximize."
-    names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+    names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "capturable")
     keys = ("exp_avg", "exp_avg_sq")
+    @property
+    def slack(self):
+        "Captured steps form $1-\\beta^n$ in single precision, where it cancels."
+        return 1e-5 + (4e-7 / (1 - max(self.hyper["betas"])**self.count) if self.hyper.get("capturable") else 0.)
     @classmethod
     def state_keys(cls, group): return [*cls.keys, *["max_exp_avg_sq"] * bool(group.get("amsgrad"))]
     @property
@@ -162,7 +166,7 @@ class AdamWStep(AdamStep):
     @property
     def decouples(self): return self.hyper.get("decoupled_weight_decay", True)
 
-# %% ../nbs/02_optimizers.ipynb #770beda0
+# %% ../nbs/02_optimizers.ipynb #eddbc616
 _known = {torch.optim.SGD: SGDStep, torch.optim.Adam: AdamStep, torch.optim.AdamW: AdamWStep}
 
 def register(optimizer_class: type, # a `torch.optim.Optimizer` subclass

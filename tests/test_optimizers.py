@@ -1,5 +1,6 @@
 "Every optimizer against the independent slow reference, entry by entry in float64: settings, options, planted cases, drawn at random; and what is refused."
 import random
+import sys
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from explaind_nb.average import ema, swa
 from explaind_nb.derivation import reference_kernel
 from explaind_nb.every_optimizer import AdadeltaStep, ASGDStep, LionStep, ScheduleFreeStep
 from explaind_nb.history import Recorder
+from explaind_nb.kernel import explain
 from explaind_nb.optimizers import SGDStep, register
 
 register(Lion, LionStep)
@@ -487,3 +489,30 @@ def test_drawn_at_random(tmp_path, seed):
     draw = Draw(seed)
     try: draw.check(tmp_path / "run")
     except Exception as e: raise AssertionError(repr(draw)) from e
+
+
+CAPTURABLE = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW, adamax=torch.optim.Adamax, nadam=torch.optim.NAdam, radam=torch.optim.RAdam,
+                  rmsprop=torch.optim.RMSprop, adadelta=torch.optim.Adadelta, asgd=torch.optim.ASGD, rprop=torch.optim.Rprop)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_capturable_steps_give_the_same_history(tmp_path, monkeypatch, name, foreach):
+    "The code for captured graphs (counters and rates as tensors on the device), which torch keeps for accelerators; here it is let run on the CPU."
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("torch.optim.") and hasattr(module, "_get_capturable_supported_devices"):
+            monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+    case, results = ZOO["mlp tanh"], []
+    case = case._replace(make=lambda: ZOO["mlp tanh"].make().float(), data=Samples(**{k: v.float() if v.is_floating_point() else v for k, v in case.data.named.items()}))
+    target = lambda m: m(case.data[torch.arange(3)]["x"].to(m.body[0].weight))[:, 0]
+    for capturable in (False, True):
+        rate = torch.tensor(.02) if capturable and name in ("adam", "adamw") else .02
+        make = lambda ps: [CAPTURABLE[name](ps, lr=rate, foreach=foreach, capturable=capturable)]
+        path = tmp_path / str(capturable)
+        record(path, case, make, BATCHES["unequal"])
+        results.append(explain(path, case.make(), case.data, case.loss, target, rule="midpoint", progress=False))
+    plain, captured = results
+    tol = .05 if name == "radam" else 1e-4                                              # what single precision makes of 1 - beta^n and of RAdam's rho
+    assert captured.closing_error < 1e-12 and abs(captured.rounding).max() < tol * abs(captured.data).max()
+    assert abs(captured.data - plain.data).max() < tol * abs(plain.data).max()
+    assert abs(captured.prediction - plain.prediction).max() < tol * abs(plain.prediction - plain.baseline).max()
