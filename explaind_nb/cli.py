@@ -42,20 +42,20 @@ class Meter:
 
 # %% ../nbs/10_cli.ipynb #e16b7aa6
 def quality(full) -> dict: # result of `reconstruct` on log-probabilities [points, classes], steps and components summed
-    "Agreement, KL and mean error of the prediction without its residual; with it, the largest error."
+    "Agreement, KL and mean error of the prediction without its residual; with it, the largest error; the largest quadrature and rounding."
     t = total(full, ("target", "output"))
     truth, parts = torch.tensor(t.prediction.values), sum(torch.tensor(t[k].values) for k in ("baseline", "data", "decay") if k in t)
     p, q = truth.log_softmax(-1), parts.log_softmax(-1)
     return dict(agreement=(truth.argmax(-1) == parts.argmax(-1)).double().mean().item(), kl=(p.exp() * (p - q)).sum(-1).mean().item(),
                 mean_error=(parts - truth).abs().mean().item(), error_with_residual=(parts + torch.tensor(t.residual.values) - truth).abs().max().item(),
-                nodes_per_step=full.nodes_per_step)
+                **{k: float(abs(full[k].sum(set(full[k].dims) - set(t.dims))).max()) for k in ("quadrature", "rounding")}, nodes_per_step=full.nodes_per_step)
 
 # %% ../nbs/10_cli.ipynb #8e214565
 def settings(p: int) -> dict:
-    "Hyper-parameters (the paper's for p = 113, a small run that groks quickly for other primes), and the reconstruction's tolerance."
-    if p == 113: return dict(n_train=4000, n_val=2000, lr=1e-3, weight_decay=4., tol=.002)
+    "Hyper-parameters: the paper's for p = 113, a small run that groks quickly for other primes."
+    if p == 113: return dict(n_train=4000, n_val=2000, lr=1e-3, weight_decay=4.)
     n = p * (p + 1) // 2
-    return dict(n_train=round(.85 * n), n_val=n - round(.85 * n), lr=4e-3, weight_decay=2., tol=.004)
+    return dict(n_train=round(.85 * n), n_val=n - round(.85 * n), lr=4e-3, weight_decay=2.)
 
 def fresh(p, seed, lr, weight_decay, **_):
     "The network and its optimizer at the start of a run."
@@ -80,6 +80,7 @@ def verdict(log, seed_steps) -> str:
     step, train_acc, val_acc = log[-1][:3]
     learned = next((s for s, a, _ in log if a == 1.), None)
     if train_acc == val_acc == 1.: return f"grokked: training accuracy 1 from step {learned}, validation accuracy 1 at step {step}"
+    if val_acc > .9: return f"grokked, if not to the last pair: training accuracy {train_acc:.3f} (1 from step {learned}), validation accuracy {val_acc:.3f} after {step} steps"
     return f"did not grok within {seed_steps} steps: training accuracy {train_acc:.3f}, validation accuracy {val_acc:.3f}"
 
 def accuracies(log, ax=None):
@@ -99,7 +100,7 @@ def figures(out, result, log, train):
         ax.figure.savefig(out/f"{name}.png", dpi=120, bbox_inches="tight"); plt.close(ax.figure)
 
 # %% ../nbs/10_cli.ipynb #2090ca25
-def run_job(p=53, out=None, seed=43, max_steps=4000, tol=.02, reconstruct_tol=None):
+def run_job(p=53, out=None, seed=43, max_steps=4000, tol=.02):
     "Train, reconstruct, attribute; returns the report as a dict and writes everything to a folder."
     out = Path(out or f"explaind-p{p}"); out.mkdir(parents=True, exist_ok=True)
     conf, cost = settings(p), {}
@@ -116,7 +117,7 @@ def run_job(p=53, out=None, seed=43, max_steps=4000, tol=.02, reconstruct_tol=No
     every = torch.arange(len(val))
     with Meter() as m: result = explain(out/"run", model, train, nll, lambda net: nll(net, val[every]).mean(), keep=("step", "component", "sample"), tol=tol)
     cost["explain"], ratio = m.cost, m.seconds / cost["training, plain"]["seconds"]
-    with Meter() as m: full = reconstruct(out/"run", model, lambda net: net(val.tokens), keep=(), tol=reconstruct_tol or conf["tol"])
+    with Meter() as m: full = reconstruct(out/"run", model, lambda net: net(val.tokens), keep=(), rule="secant")
     cost["reconstruct"] = m.cost
     save(full, out/"reconstruct.nc"); save(result, out/"explain.nc"); figures(out, result, log, train)
     moved = float(abs((result.data.sum("sample", skipna=False) + result.decay).sum("component") + result.residual).sum())
@@ -136,8 +137,8 @@ def summary(report, result) -> str:
     "The report for people."
     r, c = report["reconstruction"], report["cost"]
     lines = [f"\nEvery validation log-probability, rebuilt from {report['steps']} steps without the residual",
-             f"  agreement {r['agreement']:.4f}   KL {r['kl']:.2e}   mean error {r['mean_error']:.4f}   nodes per step {r['nodes_per_step']:.2f}",
-             f"  with the residual: largest error {r['error_with_residual']:.1e}",
+             f"  agreement {r['agreement']:.4f}   KL {r['kl']:.2e}   mean error {r['mean_error']:.4f}",
+             f"  the residual is rounding ({r['rounding']:.1e} at most), not quadrature ({r['quadrature']:.1e}); with it, largest error {r['error_with_residual']:.1e}",
              "\nThe validation loss, over every step, component and sample", account(result),
              f"  quadrature leaves {report['residual_share']:.2%} of the sum of all absolute changes", f"\n{'cost':22}{'seconds':>9}{'peak MiB':>10}{'x training':>12}"]
     lines += [f"{k:22}{v['seconds']:9.1f}{v['peak_mib']:10d}{v['seconds'] / c['training, plain']['seconds']:12.2f}" for k, v in c.items()]
@@ -153,8 +154,7 @@ def main(p: int = 53,               # modulus, a prime; 113 is the paper's netwo
          max_steps: int = 4000,     # give up grokking after so many steps
          threads: int = 1,          # of torch; the matrices are small, and two threads on a busy machine can be many times slower than one
          tol: float = .02,          # accepted quadrature residual of the attribution, relative to the change of the loss
-         reconstruct_tol: float = None, # the same for the reconstruction of all outputs (default: .002 for p = 113, else .004)
         ):
     "Train a transformer that groks modular addition, reconstruct its predictions, and attribute its validation loss."
     matplotlib.use("agg"); torch.set_num_threads(threads)
-    run_job(p, out, seed, max_steps, tol, reconstruct_tol)
+    run_job(p, out, seed, max_steps, tol)

@@ -752,13 +752,11 @@ def reconstruct(path,                    # directory of a recorded run, or an op
         names = ["data"] + ["decay"] * bool(moved["decay"].any()) + ["initial"] * warm
         parts = torch.stack([moved[k] for k in names])
         masked = torch.stack([parts * (q.place == c) for c in range(C)], 1).flatten(0, 1) if C > 1 else parts      # [parts * C, D]
-        if q.graph:
-            rest = moved["rounding"][None]                                      # a direction of its own: the shares of all directions are complete
-            value = q.secant(move, secant_forward, tangents=q.layout.split(torch.cat([masked, rest])))[:-1]
-            residual = after - before - value.sum(0)
-        else: value, residual = q.integrate(move, after - before, lambda t: f.jvps(move.point + t * move.shift, masked), lambda v: v.sum(0))
-        for k, v in zip(names, value.unflatten(0, (len(names), C))): _accumulate(out, k, v, w, q)
-        _accumulate(out, "residual", residual[None], w, q)
+        along = torch.cat([masked, moved["rounding"][None]])                        # rounding has a direction of its own, so that the rest is quadrature
+        if q.graph: value = q.secant(move, secant_forward, tangents=q.layout.split(along))
+        else: value, _ = q.integrate(move, after - before, lambda t: f.jvps(move.point + t * move.shift, along), lambda v: v.sum(0))
+        for k, v in zip(names, value[:-1].unflatten(0, (len(names), C))): _accumulate(out, k, v, w, q)
+        for k, v in (("quadrature", after - before - value.sum(0)), ("rounding", value[-1])): _accumulate(out, k, v[None], w, q)
         before = after
     result = _outputs_dataset(q, out, first, last, keep)
     result.attrs.update(rule=rule, tol=float(tol), step_axis="update", seconds=time.perf_counter() - began, **_versions(q))
@@ -809,8 +807,9 @@ def _outputs_dataset(q, out, first, last, keep):
     axes = (["target", "output"] + [f"output_{i}" for i in range(2, last.dim())])[:last.dim()]
     ds = xr.Dataset()
     for k, v in out.items():
-        dims = ["step"] * ("step" in keep) + ["component"] * ("component" in keep and k != "residual")
+        dims = ["step"] * ("step" in keep) + ["component"] * ("component" in keep and k not in ("quadrature", "rounding"))
         ds[k] = ([*dims, *axes], v.reshape([n for n, d in zip(v.shape, ("step", "component")) if d in dims] + list(last.shape)).numpy())
     if "decay" not in ds: ds["decay"] = xr.zeros_like(ds["data"])
+    ds["residual"] = ds["quadrature"] + ds["rounding"]
     ds["baseline"], ds["prediction"] = (axes, first.cpu().numpy()), (axes, last.cpu().numpy())
     return q.describe(ds)

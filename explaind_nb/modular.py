@@ -82,13 +82,14 @@ def make_optimizer(model, lr=1e-3, weight_decay=4., betas=(0.9, 0.98)):
 def fit(model,
         optimizer,
         train: Pairs,
-        val: Pairs = None,    # stop when both accuracies are 1; None: take all the steps
+        val: Pairs = None,    # stop when both accuracies are `enough`; None: take all the steps
         max_steps: int = 4000,
         recorder=None,        # a `Recorder`, or None for the plain loop
         every: int = 10,      # steps between two looks at the accuracies
         seed: int = 0,        # of the order of the samples
         start: int = 0,       # steps already taken: go on after them, in the same order of samples
         progress: bool = False,
+        enough: float = 1.,
        ) -> list:             # (step, training accuracy, validation accuracy)
     "Full-batch training in shuffled order."
     order, log = torch.Generator().manual_seed(seed), []
@@ -98,7 +99,7 @@ def fit(model,
         if val is not None and step % every == 0:
             log.append((step, accuracy(model, train), accuracy(model, val)))
             bar.set_postfix(train=f"{log[-1][1]:.3f}", val=f"{log[-1][2]:.3f}", refresh=False)
-            if log[-1][1:] == (1., 1.): break
+            if min(log[-1][1:]) >= enough: break
         if step == max_steps: break
         ids = torch.randperm(len(train), generator=order)
         if recorder: recorder.batch(ids)

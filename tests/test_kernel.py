@@ -366,6 +366,20 @@ def test_float32_run_in_two_precisions(tmp_path):
         assert 0 < abs(r.rounding).max() < 1e-5 and abs(r.replay).max() < 1e-5 and r.gradient_mismatch < 1e-4
 
 
+def test_reconstruct_tells_quadrature_from_rounding(tmp_path):
+    "A float32 run: the secant rule leaves no quadrature, what is left is the rounding of the recorded steps; the two are the residual under every rule."
+    case = ZOO["transformer"]
+    record(tmp_path, case, lambda ps: torch.optim.AdamW(ps, lr=.02, weight_decay=.5), BATCHES["minibatch"], model=case.make().float())
+    by = {rule: reconstruct(tmp_path, case.make(), case.target, rule=rule, nodes=1, progress=False) for rule in ("secant", "midpoint")}
+    for full in by.values():
+        np.testing.assert_allclose(full.residual, full.quadrature + full.rounding, rtol=0, atol=1e-15)
+        assert "component" not in full.quadrature.dims and full.closing_error < 1e-12
+    secant, midpoint = by["secant"], by["midpoint"]
+    assert abs(secant.quadrature).max() < 1e-12 and 1e-12 < abs(secant.rounding).max() < 1e-5
+    assert abs(midpoint.quadrature).max() > 100 * abs(secant.quadrature).max()
+    assert abs(midpoint.rounding - secant.rounding).max() < .1 * abs(secant.rounding).max()
+
+
 def test_reconstruct_keeps_and_closes(small):
     case, path = small
     fn = lambda m: case.target(m).reshape(1, -1)
