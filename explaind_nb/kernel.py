@@ -526,24 +526,23 @@ class Unrolled:
         "Pass one step: scores [T, C, B], shares of decay and penalty [T, C]."
         q, samples, T = self.q, self.samples, len(self.average)
         self.theta, self.average = self.theta + move.rate * self.average, (1 - move.rate) * self.average
-        direct, used = self._pull(move)
-        decay = q.by_component(used * move.coupled + self.theta * move.decoupled)
+        direct, used, decay = self._pull(move)
         q.probe.move(move.theta)
         psi = self._unclip(move, used)
         scores, grad = samples.revisit(move.s, q.layout.split(psi))
         pen = q.by_component(psi * samples.regularizer()) if samples.penalty else None
         self.theta = direct + samples.hessian(move.s, psi)
-        return scores, decay, pen
+        return scores, q.by_component(decay), pen
     def _pull(self, move):
-        "The optimizer's step transposed: cotangents of the parameters (direct) and of the gradients it used, flat [T, D]."
+        "The optimizer's step transposed: cotangents of the parameters (direct), of the gradients it used and of the factors of its decay, flat [T, D]."
         cots, tensors = self.q.layout.split(self.theta), self.q.history.optimizer_state(move.s)
-        direct, used = self.theta.clone(), torch.zeros_like(self.theta)
+        direct, used, decay = self.theta.clone(), torch.zeros_like(self.theta), torch.zeros_like(self.theta)
         for k, st in move.linear.items():
             theta, g, place = move.named[k], st.gradient(move.state.get(k), move.named[k]), move.layout.place[k]
             before = {n: x.to(theta) for n, x in tensors.get(k, {}).items() if n != "step"}
-            a, self.state[k], u = pullback(st, theta, before, g, cots[k], self.state.get(k, {}))
-            direct[:, place], used[:, place] = a.reshape(len(a), -1), u.reshape(len(u), -1)
-        return direct, used
+            a, self.state[k], u, d = pullback(st, theta, before, g, cots[k], self.state.get(k, {}))
+            for flat, x in ((direct, a), (used, u), (decay, d)): flat[:, place] = x.reshape(len(x), -1)
+        return direct, used, decay
     def _unclip(self, move, used):
         "Back through clipping and a gradient scaler, to the cotangent of the batch's own gradient."
         found, (scale, _) = self.q.history.scale(move.s), self.samples.scale(move.s)

@@ -90,28 +90,44 @@ def _adafactor(st, state, u):
     return -rate / (rms(x) / st.hyper["d"]).clamp(min=1.) * x, after
 
 # %% ../nbs/05c_unrolled.ipynb #b09cbe7f
+def _schedule_free(st, state, u):
+    "At the training point y; `u` is not used, for the decay does not pass through the second moment."
+    y, g, c, beta2 = state["theta"], state["g"], st.hyper["c"], st.hyper["betas"][1]
+    z, v = state.get("z", y), beta2 * state.get("exp_avg_sq", torch.zeros_like(g)) + (1 - beta2) * g * g
+    x = g / (_sqrt(v) / math.sqrt(1 - beta2**st.hyper["n"]) + st.hyper["eps"]) + state["decay"] * st.hyper["weight_decay"] * y
+    return c * (z - y) + st.taps[0] * x, dict(z=z - st.lr * x, exp_avg_sq=v)
+
+def _muon(st, state, u):
+    b = st.mu * state.get("momentum_buffer", torch.zeros_like(u)) + (1 - st.mu) * u
+    x = st.taps[0] * b + st.taps[1] * u
+    if st.tall: x = x.mT
+    x = eo._orthogonalizer(x, *(st.hyper[k] for k in ("ns_coefficients", "ns_steps", "eps"))) @ x
+    return -st.rate * (x.mT if st.tall else x), dict(momentum_buffer=b)
+
+# %% ../nbs/05c_unrolled.ipynb #329669b2
 STEPS = {op.SGDStep: _sgd, op.AdamStep: _adam, op.AdamWStep: _adam, eo.RAdamStep: _radam, eo.NAdamStep: _nadam, eo.AdamaxStep: _adamax,
          eo.AdagradStep: _adagrad, eo.AdadeltaStep: _adadelta, eo.RMSpropStep: _rmsprop, eo.ASGDStep: _asgd,
-         eo.AdafactorStep: _adafactor}
+         eo.AdafactorStep: _adafactor, eo.ScheduleFreeStep: _schedule_free, eo.MuonStep: _muon}
 
 def unrolled_step(st,             # the LinearStep of the recorded step: hyper-parameters and counter
                   theta: Tensor,  # the parameter before the step
                   state: dict,    # the optimizer's tensors before the step, by name; empty if there were none
                   g: Tensor,      # `p.grad`
+                  decay=1.,       # factors of the weight decay
                  ) -> tuple:      # the parameter and the optimizer's tensors after the step
     "One step of one tensor as a differentiable function. Raises `TypeError` for an optimizer whose step is not smooth."
     if type(st) not in STEPS:
         raise TypeError(f"{type(st).__name__} cannot be unrolled: its step is not a smooth function of the gradient, or is not described in explaind_nb.unrolled.STEPS. Use sweep='frozen'.")
-    direct = st.decoupled(theta)
-    delta, after = STEPS[type(st)](st, dict(state, theta=theta), st.sign * st.couple(g, theta))
-    return theta + delta + (0. if direct is None else direct), after
+    coupled, direct = (0. if d is None else decay * d for d in (st.coupled(theta), st.decoupled(theta)))
+    delta, after = STEPS[type(st)](st, dict(state, theta=theta, g=g, decay=decay), st.sign * (g + coupled))
+    return theta + delta + direct, after
 
 def pullback(st, theta, state, g,  # as in `unrolled_step`
              a_theta: Tensor,      # cotangent of the parameter after the step [T, *shape]
              a_state: dict,        # of the optimizer's tensors after the step {name: [T, *shape]}; absent ones are 0
-            ) -> tuple:            # cotangents of theta, the state {name: ...} and the gradient
+            ) -> tuple:            # cotangents of theta, the state {name: ...}, the gradient and the factors of the decay
     "The exact transpose of the step."
-    (_, after), pull = vjp(lambda *x: unrolled_step(st, *x), theta, state, g)
+    (_, after), pull = vjp(lambda *x: unrolled_step(st, *x), theta, state, g, torch.ones_like(theta))
     a_state = {k: a_state.get(k, a_theta.new_zeros(len(a_theta), *x.shape)) for k, x in after.items()}
     return vmap(pull)((a_theta, a_state))
 

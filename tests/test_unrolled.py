@@ -2,21 +2,27 @@
 import numpy as np
 import pytest
 import torch
+from reference import Lion, ScheduleFree
 from test_kernel import BATCHES, OPTIMIZERS
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from zoo import ZOO
 
 from explaind_nb.average import ema
+from explaind_nb.every_optimizer import LionStep, ScheduleFreeStep
 from explaind_nb.history import Recorder
 from explaind_nb.kernel import explain
+from explaind_nb.optimizers import register
 
+register(ScheduleFree, ScheduleFreeStep)
+register(Lion, LionStep)
 CASE = ZOO["mlp tanh"]
 MORE = dict(
     radam=lambda ps: torch.optim.RAdam(ps, lr=.02, betas=(.8, .9), weight_decay=.1), nadam=lambda ps: torch.optim.NAdam(ps, lr=.02, weight_decay=.1, maximize=True),
     adamax=lambda ps: torch.optim.Adamax(ps, lr=.02, weight_decay=.1), adagrad=lambda ps: torch.optim.Adagrad(ps, lr=.05, lr_decay=.1, initial_accumulator_value=.1),
     adadelta=lambda ps: torch.optim.Adadelta(ps, lr=5., weight_decay=.1), rmsprop=lambda ps: torch.optim.RMSprop(ps, lr=.01, momentum=.9, weight_decay=.1),
     centred=lambda ps: torch.optim.RMSprop(ps, lr=.01, centered=True, eps=.1), asgd=lambda ps: torch.optim.ASGD(ps, lr=.1, lambd=.1, t0=3, weight_decay=.1),
-    adafactor=lambda ps: torch.optim.Adafactor(ps, lr=.05, weight_decay=.1))
+    adafactor=lambda ps: torch.optim.Adafactor(ps, lr=.05, weight_decay=.1),
+    schedule_free=lambda ps: ScheduleFree(ps, lr=.02, weight_decay=.1, warmup_steps=3), schedule_free_late=lambda ps: ScheduleFree(ps, lr=.02, r=1., weight_lr_power=1.))
 RUN = BATCHES["unequal"] + BATCHES["repeats"]
 PENALTY = lambda m: .01 * sum(p.square().sum() ** 2 for p in m.parameters())
 
@@ -26,7 +32,7 @@ def train(make, weights, path=None, clip=None, penalty=None, average=None, dropo
     model = model_with(dropout); optimizer = make(model.parameters())
     torch.manual_seed(3)
     mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(.8)) if average else None
-    recorder = Recorder(model, optimizer, path).__enter__() if path else None
+    recorder = Recorder(model, list(getattr(optimizer, "of", [optimizer])), path).__enter__() if path else None
     for s, (ids, w) in enumerate(zip(RUN, weights)):
         if recorder: recorder.batch(ids, w)
         if decays: optimizer.param_groups[0]["weight_decay"] = decays[s]
@@ -78,9 +84,39 @@ def check(make, path, tol=1e-6, average=None, penalty=None, **kwargs):
 def test_every_optimizer(tmp_path, optimizer): check({**OPTIMIZERS, **MORE}[optimizer], tmp_path)
 
 
-def test_rules_that_jump_are_refused(tmp_path):
-    train(lambda ps: torch.optim.Rprop(ps), even(), tmp_path)
-    with pytest.raises(TypeError, match="RpropStep cannot be unrolled.*frozen"): derivatives(tmp_path)
+class Both:
+    "Muon for the matrices, AdamW for the rest."
+    def __init__(self, ps, **kw):
+        ps = list(ps)
+        self.of = torch.optim.Muon([p for p in ps if p.dim() == 2], lr=.02, weight_decay=.1, **kw), torch.optim.AdamW([p for p in ps if p.dim() != 2], lr=.02)
+    def step(self):
+        for o in self.of: o.step()
+    def zero_grad(self):
+        for o in self.of: o.zero_grad()
+
+
+@pytest.fixture
+def uncast(monkeypatch):
+    "torch's Newton-Schulz iteration in the precision of the gradient instead of bfloat16."
+    def iterate(x, coefficients, steps, eps):
+        a, b, c = coefficients
+        tall = x.shape[0] > x.shape[1]
+        x = (x.T if tall else x) / x.norm().clamp(min=eps)
+        for _ in range(steps): gram = x @ x.T; x = a * x + (b * gram + c * gram @ gram) @ x
+        return x.T if tall else x
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", iterate)
+
+
+MUON = dict(default={}, plain=dict(nesterov=False, momentum=.5), adamw=dict(adjust_lr_fn="match_rms_adamw", ns_steps=3))
+
+@pytest.mark.parametrize("name", MUON)
+def test_muon(tmp_path, uncast, name): check(lambda ps: Both(ps, **MUON[name]), tmp_path)
+
+
+@pytest.mark.parametrize("optimizer, name", ((torch.optim.Rprop, "RpropStep"), (Lion, "LionStep")))
+def test_rules_that_jump_are_refused(tmp_path, optimizer, name):
+    train(lambda ps: optimizer(ps, lr=.01), even(), tmp_path)
+    with pytest.raises(TypeError, match=f"{name} cannot be unrolled.*frozen"): derivatives(tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
@@ -103,10 +139,10 @@ def test_dropout_and_clipping(tmp_path, optimizer):
     check(OPTIMIZERS[optimizer], tmp_path, dropout=.4, clip=lambda m: torch.nn.utils.clip_grad_norm_(m.parameters(), .3))
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adam_l2", "adamw"])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam_l2", "adamw", "adamax", "adagrad", "schedule_free"])
 def test_weight_decay(tmp_path, optimizer):
     "decay holds lambda df/dlambda of every step."
-    make, h = OPTIMIZERS[optimizer], 1e-6
+    make, h = {**OPTIMIZERS, **MORE}[optimizer], 1e-6
     base = make(CASE.make().parameters()).param_groups[0]["weight_decay"]
     train(make, even(), tmp_path)
     got = derivatives(tmp_path).decay.sum("component").transpose("step", "target").values
