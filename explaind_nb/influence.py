@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from .kernel import AXES
-from .plots import COLORS, LOWERED, RAISED, _axes, _norm, _over, _step, _title
+from .plots import COLORS, LOWERED, RAISED, _axes, _norm, _over, _step, _title, cancellation
 
 # %% ../nbs/12_influence.ipynb #aebf8732
 def largest(scores: xr.DataArray, # any array of scores, such as `result.data`
@@ -28,9 +28,8 @@ def largest(scores: xr.DataArray, # any array of scores, such as `result.data`
 # %% ../nbs/12_influence.ipynb #9ab2d4e2
 def _with_terms(score, terms):
     "The score beside the absolute sum of its terms and the cancellation ratio."
-    whole = float(terms.sum())
-    score = score.assign_coords(terms=terms, ratio=(abs(score) / terms).where(terms > 0, 1.))
-    return score.assign_attrs(ratio=float(abs(score).sum()) / whole if whole else 1.)
+    score = score.assign_coords(terms=terms, ratio=cancellation(score, terms))
+    return score.assign_attrs(ratio=float(cancellation(abs(score).sum(), terms.sum())))
 
 def accumulate(result: xr.Dataset,  # what `explain` or `reconstruct` returned
                keep: tuple = (),    # axes to keep, in this order

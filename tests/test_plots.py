@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 from matplotlib.colors import Normalize, SymLogNorm, to_rgba
 
-from explaind_nb.plots import COLORS, account, heatmap, top_samples, trajectory, waterfall
+from explaind_nb.plots import COLORS, account, cancellation, heatmap, top_samples, trajectory, waterfall
 
 SIZES = dict(target=2, step=9, component=3, sample=7)
 FIGURES = waterfall, heatmap, top_samples, trajectory
@@ -158,7 +158,7 @@ def test_top_samples_are_the_extremes():
     assert [b.get_width() for b in ax.patches] == [3, 2, -2, -4]
     assert ticks(ax.yaxis) == ["50", "30", "60", "10"] and ax.yaxis_inverted()
     title = ax.get_title(loc="left").replace("−", "-")
-    assert "4 of 7 samples hold -1 of the sum -1 (100%)" in title and "= 13" in title
+    assert "4 of 7 samples hold -1 of the sum -1 (100%)" in title and "= 0.077 over the samples, 1 within them" in title
     assert "not a what-if" in ax.get_xlabel()
     assert [b.get_width() for b in top_samples(r, k=9).patches] == [3, 2, 1, -1, -2, -4]    # a sample of 0 is no bar
 
@@ -168,7 +168,7 @@ def test_top_samples_of_one_sign_or_none():
     r["data"] = abs(r["data"])
     ax = top_samples(r, k=3)
     assert len(ax.patches) == 3 and min(b.get_width() for b in ax.patches) > 0
-    assert "Σ·| = 1" in ax.get_title(loc="left")
+    assert "= 1 over the samples" in ax.get_title(loc="left")
     r["data"] = 0. * r["data"]
     assert "the sum of all is 0" in top_samples(r).get_title(loc="left")
 
@@ -302,3 +302,40 @@ def test_account_shows_what_is_missing():
 @pytest.mark.parametrize("plot", [waterfall, trajectory, account])
 def test_derivatives_do_not_add_up(plot):
     with pytest.raises(ValueError, match="do not add up.*heatmap"): plot(xr.Dataset(attrs=dict(sweep="unrolled")))
+
+
+def ratio(x, shown=None):
+    "|Σ| / Σ|·| as it is written; of the terms x, or of what is shown of them."
+    return f"{(x.sum() if shown is None else shown).__abs__().sum().item() / abs(x).sum().item():.2g}"
+
+
+def test_cancellation():
+    x = np.random.default_rng(0).normal(size=(3, 5))
+    assert cancellation(-2., 8.) == .25 and cancellation(0., 0.) == 1
+    np.testing.assert_allclose(cancellation(x.sum(1), abs(x).sum(1)), [abs(sum(o)) / sum(map(abs, o)) for o in x])
+    x = xr.DataArray(x, dims=("a", "b"))
+    assert cancellation(x.sum("b"), abs(x).sum("b")).dims == ("a",)
+
+
+def test_signed_sums_are_shown_with_what_cancels():
+    r = make(penalty=True)
+    title = lambda ax: ax.get_title(loc="left")
+    for part in ("data", "decay", "penalty"):
+        x = r[part]
+        for bins in (None, 3):
+            ax = heatmap(r, part, bins=bins)
+            assert f"= {ratio(x)} over the map, {ratio(x, ax.collections[0].get_array())} within its cells" in title(ax)
+    by_sample = r.data.sum(("step", "component"))
+    assert f"= {ratio(by_sample)} over the samples, {ratio(r.data, by_sample)} within them" in title(top_samples(r))
+    legend = [o.get_text() for o in trajectory(r).get_legend().get_texts()]
+    rows = {o.split()[0]: o.split()[-1] for o in account(r).splitlines()[1:-1]}
+    for k in ("data", "decay", "penalty", "residual"):
+        assert f"{k} ({ratio(r[k])})" in legend and rows[k] == ratio(r[k]) and f"{k} {ratio(r[k])}" in waterfall(r).get_xlabel()
+
+
+def test_no_ratio_of_a_single_term():
+    r = make(keep=())
+    assert waterfall(r).get_xlabel() == "" and all(len(o.split()) < 4 for o in account(r).splitlines()[1:-1])
+    r = make()
+    r["decay"][:] = 0.
+    assert "decay" not in waterfall(r).get_xlabel() and "within its cells" in heatmap(r, "decay").get_title(loc="left")
