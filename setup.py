@@ -32,7 +32,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require=dict(dev=cfg["dev_requirements"].split()),
+    extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "studies")},
     entry_points=dict(
         console_scripts=cfg["console_scripts"].split(),
         nbdev=[f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],  # lets nbdev link names in prose to their pages
