@@ -6,8 +6,8 @@
 __all__ = ['LAYERS', 'INNER', 'OUTER', 'WIDTH', 'PLACES', 'layer', 'part', 'fourier', 'spectrum', 'gini', 'logits_of_all',
            'by_sum', 'key_frequencies', 'progress', 'loss_curves', 'at_work', 'score_vectors', 'similarity_map',
            'stripes', 'class_kernel', 'line_errors', 'breaks', 'trends', 'redraw', 'phases', 'events', 'measures',
-           'maps', 'stripe_curve', 'kernels', 'compact', 'look', 'train_run', 'plot_run', 'layers_at_work', 'kept',
-           'summary', 'main']
+           'maps', 'stripe_curve', 'kernels', 'compact', 'with_curves', 'look', 'train_run', 'plot_run',
+           'layers_at_work', 'plot_parts', 'plot_progress', 'plot_maps', 'kept', 'summary', 'main']
 
 # %% ../nbs/15_grokking.ipynb #33c4393a
 import json, math, tempfile, time
@@ -34,8 +34,9 @@ def layer(name: str, shape=None) -> str:
     return LAYERS[name.split(".")[0]]
 
 def part(name: str, shape=None) -> str:
-    "The layer of a parameter, and which head."
-    return f"{layer(name)} {name.split('.')[1]}" if name.startswith("head") else layer(name)
+    "The layer of a parameter and which head, or whether it is the weight or the bias of it."
+    top, *rest = name.split(".")
+    return "position" if top == "position" else " ".join([LAYERS[top], *(o for o in rest if o.isdigit() or top.startswith("mlp"))])
 
 # %% ../nbs/15_grokking.ipynb #03d09fc6
 def fourier(p: int) -> Tensor:  # [p, p] orthonormal rows: constant, then cos and sin of frequency 1, 2, ...
@@ -189,8 +190,9 @@ def redraw(y, places, rng, block: int = 5):
 
 def phases(curves: xr.DataArray, # positive, [step, component]
            k: int = 2, skip: int = 5, draws: int = 40, seed: int = 0) -> dict: # `breaks`, the 5th and 95th percentile of each (`low`, `high`), `gain` of 1 ... k + 1 breaks, `null`
-    "The k steps at which the trends of the logarithms change; the first windows, when all fall from the random start, are left out."
-    rng, y = np.random.default_rng(seed), np.log(curves.transpose("step", ...).values.astype(float))[skip:]
+    "The k steps at which the trends of the logarithms change; left out are the first windows, when all fall from the random start, and parts without a logarithm."
+    rng, y = np.random.default_rng(seed), curves.transpose("step", ...).values.astype(float)[skip:]
+    y = np.log(y[:, (y > 0).all(0)])
     y, steps = (y - y.mean(0)) / y.std(0), curves["step"].values[skip:]
     error = lambda y, k: float(((y - trends(y, breaks(y, k)))**2).sum())
     gain = lambda y, k: error(y, k - 1) / error(y, k)
@@ -213,8 +215,8 @@ def events(ds: xr.Dataset, # result of `look`
     raised = (data > 0) & (steps >= 50)
     lowered = np.array([raised[:i].any() and (data[i:i + 5] < 0).all() for i in range(len(data))])
     out = {"training accuracy .5": first(ds["train_accuracy"].values >= .5), "training accuracy .99": first(ds["train_accuracy"].values >= .99), "data begin to lower the validation loss": first(lowered),
-           "validation loss peaks": int(steps[peak]), "restricted loss falls": first((ds["restricted"].values < .9 * math.log(ds.attrs["p"])) & (steps >= 20)),
-           **{f"validation accuracy {a}": first(ds["val_accuracy"].values >= a) for a in (.1, .5, .9)}}
+           "validation loss peaks": int(steps[peak]), **{f"validation accuracy {a}": first(ds["val_accuracy"].values >= a) for a in (.1, .5, .9)}}
+    if "restricted" in ds: out["restricted loss falls"] = first((ds["restricted"].values < .9 * math.log(ds.attrs["p"])) & (steps >= 20))
     if lines is None: return out
     seen = (lines.sel(layer="linear 1").max("frequency") >= .25).values
     return out | {"stripes in the similarity map": int(lines["step"].values[seen.argmax()]) if seen.any() else None}
@@ -263,17 +265,20 @@ def kernels(path, p, train, val) -> xr.Dataset: # `kernel` [place, layer, valida
 
 def compact(ds: xr.Dataset) -> xr.Dataset:
     "Tables in [-1, 1] as one byte an entry, for a small file."
-    for k in ("map", "kernel"): ds[k].encoding = dict(dtype="int8", scale_factor=1 / 127, zlib=True)
+    for k in ("map", "kernel"): ds[k].encoding = dict(dtype="int8", scale_factor=1 / 127, _FillValue=-128, zlib=True)
     return ds
+
+def with_curves(ds: xr.Dataset, run, model, train, val) -> xr.Dataset:
+    "Measures of a recorded run over the windows of ten steps, with the curves beside them."
+    loss, work = loss_curves(run, model, train, val), at_work(run, model, val)
+    parts = {f"loss_{k}": loss[k] for k in ("data", "decay", "residual")} | {f"work_{k}": work[k] for k in ("data", "decay")}
+    ds = ds.assign_coords(step=loss["step"].values, target=loss["target"].values, component=loss["component"].values)
+    ds = ds.assign({k: (v.dims, v.values.astype("float32")) for k, v in parts.items()})
+    return ds.assign_attrs(steps=len(History(run)), baseline=loss.baseline.values, prediction=loss.prediction.values)
 
 def look(run, p, train, val) -> xr.Dataset:
     "Curves and measures of one recorded run."
-    model = ModularTransformer(p)
-    loss, work = loss_curves(run, model, train, val), at_work(run, model, val)
-    parts = {f"loss_{k}": loss[k] for k in ("data", "decay", "residual")} | {f"work_{k}": work[k] for k in ("data", "decay")}
-    ds = measures(run, p, train, val).assign_coords(step=loss["step"].values, target=loss["target"].values, component=loss["component"].values)
-    ds = ds.assign({k: (v.dims, v.values.astype("float32")) for k, v in parts.items()})
-    return ds.assign_attrs(p=p, steps=len(History(run)), baseline=loss.baseline.values, prediction=loss.prediction.values)
+    return with_curves(measures(run, p, train, val), run, ModularTransformer(p), train, val).assign_attrs(p=p)
 
 def train_run(run, p, seed, max_steps=4000, **conf):
     "Train until both accuracies are 1 and record it, unless the recording is there. Returns the training and validation pairs."
@@ -312,8 +317,55 @@ def plot_run(ds: xr.Dataset, # result of `look`
 
 def layers_at_work(ds) -> xr.DataArray: # [step, layer]
     "What each of the six layers contributed in size, data and decay together."
-    of = xr.DataArray([k.rstrip(" 0123456789") if k.startswith("attention") else k for k in ds["component"].values], dims="component", name="layer")
-    return (ds["work_data"] + ds["work_decay"]).groupby(of).sum().sel(layer=list(dict.fromkeys(LAYERS.values()))).transpose("step", "layer")
+    of = xr.DataArray([next(v for v in ("position", *LAYERS.values()) if str(k).startswith(v)) for k in ds["component"].values], dims="component", name="layer")
+    summed = (ds["work_data"] + ds["work_decay"]).groupby(of).sum()
+    return summed.sel(layer=[k for k in dict.fromkeys(LAYERS.values()) if k in summed["layer"]]).transpose("step", "layer")
+
+# %% ../nbs/15_grokking.ipynb #06883767
+def plot_parts(ds: xr.Dataset, # result of `look`
+               ax=None) -> plt.Axes:
+    "What was at work in every matrix and bias over the steps: the share of data against decay, +1 all data, -1 all decay; pale where little was at work."
+    ax, size = _axes(ax, 8, 3.6), ds["work_data"] + ds["work_decay"]
+    there = (size > 0).any("step").values
+    x, alpha = (((ds["work_data"] - ds["work_decay"]) / size).fillna(0.), size / size.max("component"))
+    image = ax.pcolormesh(np.r_[ds["step"].values, ds["step"].values[-1] + WIDTH], np.arange(there.sum() + 1), x.T[there], cmap="RdBu_r", vmin=-1, vmax=1, alpha=alpha.fillna(0.).T.values[there]**.5, rasterized=True, linewidth=0)
+    ax.set_yticks(np.arange(there.sum()) + .5, ds["component"].values[there], fontsize=8)
+    ax.invert_yaxis(); ax.set_xlabel("step")
+    bar = ax.figure.colorbar(image, ax=ax, pad=.02, ticks=[-1, 0, 1]); bar.solids.set_alpha(1); bar.set_ticklabels(["decay", "even", "data"], fontsize=8)
+    return ax
+
+def plot_progress(ds: xr.Dataset, # result of `look`
+                  lines=None,     # result of `stripe_curve`
+                  ax=None) -> plt.Axes:
+    "Losses: of training and validation pairs, restricted to the key frequencies and without them; below zero to one: concentration of the embedding and strongest stripe of the first linear layer."
+    ax = _axes(ax, 8, 3.4)
+    for k, color, style in (("train", ".5", "-"), ("val", "k", "-"), ("restricted", "#009e73", "-"), ("excluded", "#cc79a7", "-")): ax.plot(ds["step"], ds[k], style, color=color, lw=1.3, label={"val": "validation", "train": "training"}.get(k, k) + " loss")
+    ax.set(yscale="log", xlabel="step", ylabel="loss")
+    right = ax.twinx()
+    right.plot(ds["step"], ds["concentration"], ":", color="#0072b2", label="embedding, Gini")
+    if lines is not None: right.plot(lines[lines.dims[0]], lines.sel(layer="linear 1").max("frequency"), "--", color="#d55e00", label="stripe, linear 1")
+    right.set(ylim=(0, 1), ylabel="share"); right.spines["top"].set_visible(False)
+    handles = [h for a in (ax, right) for h in a.get_lines()]
+    ax.legend(handles, [h.get_label() for h in handles], frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.12, .5))
+    return ax
+
+def plot_maps(ds: xr.Dataset, # result of `maps`, or of `kernels` with which="kernel"
+              layers=("attention in", "linear 1", "decoder"), which: str = "map", axes=None) -> np.ndarray:
+    "Tables over the classes, a row for each layer and a column for each place of the run; above each, its strongest frequency and the share of that."
+    places = list(ds["place"].values)
+    if axes is None: axes = plt.subplots(len(layers), len(places), figsize=(1.9 * len(places), 2.1 * len(layers)), layout="constrained", squeeze=False)[1]
+    lines = ds["stripes" if which == "map" else "kernel_stripes"]
+    for row, k in zip(axes, layers):
+        for ax, place in zip(row, places):
+            x, power = ds[which].sel(layer=k, place=place).values, lines.sel(layer=k, place=place)
+            off = x[~np.eye(len(x), dtype=bool)]
+            middle, reach = (off.mean(), 2.5 * off.std()) if which == "map" else (0, 2.5 * off.std())
+            ax.imshow(x, cmap="RdBu_r", vmin=middle - reach, vmax=middle + reach, interpolation="nearest")
+            ax.set_title(f"{int(power.idxmax())}: {float(power.max()):.0%}", fontsize=8)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(k, fontsize=9)
+    for ax, s in zip(axes[-1], ds["start"].values if "start" in ds.coords else places): ax.set_xlabel(f"step {s}", fontsize=8)
+    return axes
 
 # %% ../nbs/15_grokking.ipynb #0d222872
 def kept(path, make) -> xr.Dataset:
@@ -329,7 +381,7 @@ def summary(ds, lines, decay) -> dict:
 def main(runs: str = "grokking", # folder for the recorded runs
          out: str = "nbs/results/grokking",
          p: int = 113,
-         seeds: str = "3 2 0 1 4",
+         seeds: str = "3 0 1 4 5 2",
          decays: str = "4",      # weight decays
          threads: int = 1,
         ):
