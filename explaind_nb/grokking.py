@@ -216,6 +216,7 @@ def events(ds: xr.Dataset, # result of `look`
     lowered = np.array([raised[:i].any() and (data[i:i + 5] < 0).all() for i in range(len(data))])
     out = {"training accuracy .5": first(ds["train_accuracy"].values >= .5), "training accuracy .99": first(ds["train_accuracy"].values >= .99), "data begin to lower the validation loss": first(lowered),
            "validation loss peaks": int(steps[peak]), **{f"validation accuracy {a}": first(ds["val_accuracy"].values >= a) for a in (.1, .5, .9)}}
+    if "concentration" in ds: out["embedding concentrates"] = first(ds["concentration"].values >= .2)
     if "restricted" in ds: out["restricted loss falls"] = first((ds["restricted"].values < .9 * math.log(ds.attrs["p"])) & (steps >= 20))
     if lines is None: return out
     seen = (lines.sel(layer="linear 1").max("frequency") >= .25).values

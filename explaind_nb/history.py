@@ -223,6 +223,7 @@ class History:
               device=None, dtype=None # as recorded by default
              ) -> dict:               # {name: Tensor}
         "All named parameters before step `s`, the constant ones included."
+        if not 0 <= s <= len(self): raise IndexError(f"{self.path} holds the parameters before steps 0 to {len(self)}, which is the end; {s} is none of them.")
         keys = {f"theta/{n}": n for n in self.names}
         moved = self._get(s - 1, keys, device=device, dtype=dtype)
         still = self._get(-1, keys.keys() - moved.keys(), device=device, dtype=dtype)
@@ -291,6 +292,10 @@ def buffers(self:History) -> dict:
     "The model's buffers, constant throughout a recording: {\"buffer/NAME\": Tensor}."
     return self._get(-1, [k for k in self._open("init.safetensors").keys if k.startswith("buffer/")])
 
+def _look_of(model):
+    "Checksum of how the model's modules print, which parameters do not tell: activations, options."
+    return zlib.crc32(repr(model).encode())
+
 @patch
 def check_model(self:History, model: nn.Module):
     "Raise `ValueError` if a model's parameters or buffers are not those of the recorded one."
@@ -302,6 +307,8 @@ def check_model(self:History, model: nn.Module):
     if wrong: what = f"parameters have other shapes than recorded: {', '.join(wrong)}"
     if new or gone: what = f"parameters are not the recorded ones: it has also {new}, and lacks {gone}"
     if what: raise ValueError(f"The model's {what}. Build the model exactly as it was when {self.path} was recorded.")
+    if self.meta.get("modules", now := _look_of(model)) != now:
+        warnings.warn(f"The model's parameters have the recorded names and shapes, but its modules print differently than when {self.path} was recorded: is an activation another one, or a layer's option?", stacklevel=3)
 
 @patch
 def verify(self:History):
@@ -433,7 +440,7 @@ def _unfit(m, random):
         return "couples the samples of a batch. Put it in eval() mode, or use GroupNorm or LayerNorm instead"
     if isinstance(m, _running) and m.training and m.track_running_stats:
         return "updates running statistics. Put it in eval() mode, or set track_running_stats=False"
-    if m.training and _random(m) and not random: return "is random in train mode. Set its probability to 0, or put it in eval() mode"
+    if m.training and _random(m) and not random: return "is random in train mode. Call model.eval(): the target is evaluated in that mode, and recorded steps are revisited in the mode they were taken in"
 
 def warn_tf32(device, dtype):
     "Warn if float32 products on this device are silently taken in TF32, with 10 bits instead of 23."
@@ -480,7 +487,8 @@ def keep_random(device="cpu"):
 # %% ../nbs/03_history.ipynb #dff21cfb
 def _checked_batch(ids, weight):
     "Ids as int64 [B] and weights as float64 [B] on the CPU."
-    ids = torch.as_tensor(ids).detach()
+    try: ids = torch.as_tensor(ids).detach()
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f"Sample ids must be a 1-D tensor of integers, not {type(ids).__name__}. Pass the indices of the batch's samples, not the batch: recorder.batch(ids).") from None
     if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"Sample ids must be a non-empty 1-D tensor of integers, not {ids.dtype} {tuple(ids.shape)}. "
                          "Pass the indices of the batch's samples: recorder.batch(ids).")
@@ -537,8 +545,9 @@ def _clean(path):
                          "Record into a new or empty directory.")
 
 def _repair(path):
-    "Drop a torn index line, half-written files and data files without lines."
+    "Drop a torn index line, half-written files and data files without lines; and a start that no step followed (an attempt that failed), so that another may begin."
     lines, good = read_index(path/"index.jsonl")
+    if [o.get("step") for o in lines] == [-1]: lines, good = [], 0
     os.truncate(path/"index.jsonl", good)
     shutil.rmtree(path/"partial", ignore_errors=True)
     for f in path.glob("steps-*.safetensors"):
@@ -620,7 +629,7 @@ def _meta(self:Recorder) -> dict:
     parameters = [dict(name=n, shape=list(p.shape), dtype=str(p.dtype).removeprefix("torch."), owned=i in owned)
                   for i, (n, p) in enumerate(zip(self.names, self.params))]
     return dict(format=FORMAT, optimizers=[kind_of(c) for c in self.classes], torch=torch.__version__,
-                threads=torch.get_num_threads(), device=str(self.params[0].device), parameters=parameters)
+                threads=torch.get_num_threads(), device=str(self.params[0].device), modules=_look_of(self.model), parameters=parameters)
 
 @patch
 def _create(self:Recorder):
@@ -773,6 +782,8 @@ def _look_around(self:Recorder):
     modes = [m.training for m in self.model.modules()]
     self.training = all(modes) or any(modes) and [n for (n, _), on in zip(self.model.named_modules(), modes) if on]
     self.drawn |= not torch.equal(self.pending[0][2], random_state(self.params[0].device))
+    if not self.drawn and (name := next((n for n, m in self.modules if m.training and _random(m)), None)) is not None:
+        self._refuse(f"module {name!r} is random in train mode, but no random number was drawn since the batch was announced", "Call recorder.batch(ids) before the forward pass (and before the data are augmented), so that its masks can be drawn again")
 
 @patch
 def _check_mirror(self:Recorder):

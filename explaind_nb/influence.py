@@ -36,6 +36,7 @@ def accumulate(result: xr.Dataset,  # what `explain` or `reconstruct` returned
                part: str = "data",  # or "decay", "penalty", "initial"
               ) -> xr.DataArray:    # with the coordinates `terms` and `ratio`
     "Signed sum over all axes but `keep`. Positive raised the target."
+    if isinstance(keep, str): raise TypeError(f"keep is a tuple of axes, like ({keep!r},), not {keep!r}.")
     score = _over(result, part, *keep)                                    # says what is missing
     return _with_terms(score, abs(result[part]).sum([d for d in result[part].dims if d not in keep]).transpose(*keep))
 
@@ -121,10 +122,11 @@ def step_curve(result: xr.Dataset, # with "step" kept
     return xr.Dataset({k: _plain(importance(result, ("step",), over, k, norm)) for k in ("data", "decay")}).assign_attrs(axis=_step(result))
 
 def layer_curve(result: xr.Dataset, # with "step" and "component" kept
-                over: tuple = ("target", "sample"), # axes to add after the absolute value
+                over: tuple = None, # axes to add after the absolute value (default: targets and samples, where the result has them)
                 smooth: int = 5,    # centred moving average over so many steps
                ) -> xr.DataArray:   # over component and step
     "How much each component was at work at each step."
+    if over is None: over = tuple(d for d in ("target", "sample") if d in result["data"].dims)
     x = importance(result, ("component", "step"), over)
     return _plain(x).rolling(step=smooth, center=True, min_periods=1).mean().assign_attrs(x.attrs, axis=_step(result))
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['AXES', 'NODE_RULES', 'SECANT_RULES', 'PARTS', 'Layout', 'Probe', 'Move', 'Streams', 'Kept', 'Query', 'Samples',
-           'Tails', 'Unrolled', 'explain', 'total', 'save', 'load', 'reconstruct', 'Forward']
+           'Tails', 'Unrolled', 'explain', 'check_adds_up', 'total', 'save', 'load', 'reconstruct', 'Forward']
 
 # %% ../nbs/06_kernel.ipynb #3cec1d7a
 import copy, math, os, time, warnings
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 import numpy as np
 import torch, xarray as xr
@@ -17,7 +18,7 @@ from torch import nn, Tensor
 from torch.autograd import forward_ad
 from tqdm.auto import tqdm
 from torch.utils._pytree import tree_leaves, tree_map
-from .history import History, check_modules, keep_random, set_random_state, warn_tf32
+from .history import History, Indexed, check_modules, keep_random, set_random_state, warn_tf32
 from .average import Lag, Route, rates_of
 from .quadrature import line_integral, first_guess, complete as spread
 from .graph import trace
@@ -163,7 +164,7 @@ class Streams:
 def _window(steps, n):
     "First step, end, and the window edges of the step axis."
     if n == 0: raise ValueError("No steps are recorded yet: they are written when the `with Recorder(...)` block ends.")
-    whole = isinstance(steps, tuple) and len(steps) == 2 and all(isinstance(o, int) for o in steps)
+    whole = isinstance(steps, tuple) and len(steps) == 2 and all(isinstance(o, Integral) for o in steps)
     r = range(0, n) if steps is None else range(*steps) if whole else steps
     if not (isinstance(r, range) and 0 <= r.start < r.stop <= n and r.step > 0):
         raise ValueError(f"steps={steps} is not a window of the {n} recorded steps: give (a, b) or range(a, b, width) with 0 <= a < b <= {n}.")
@@ -203,6 +204,8 @@ def _check_arguments(keep, rule, nodes, tol, dtype):
 class Query:
     "The parts of a sweep: history, probe, components, and how to integrate, transpose and contract one step."
     def __init__(self, history, model, target, *, keep, rule, nodes, tol, component, steps, device, dtype, average=None, complete=False):
+        if not isinstance(history, (History, str, os.PathLike)): raise TypeError(f"path is the directory of a recording, or a History, not {type(history).__name__}.")
+        if target is not None and not callable(target): raise TypeError(f"The target is a function of the model that returns [T] numbers, not {type(target).__name__}.")
         self.history = history if isinstance(history, History) else History(history)
         if not isinstance(model, nn.Module): raise TypeError(f"model is the nn.Module that was trained, not {type(model).__name__}.")
         if torch.is_inference_mode_enabled(): raise RuntimeError("Gradients are needed: call explain and reconstruct outside of torch.inference_mode().")
@@ -271,7 +274,7 @@ class Query:
         return value, change - along(value)
     def phi(self, move, change):
         "Integrated gradients [T, D] and the quadrature residual [T], which completion spreads over the gradients."
-        if self.graph:
+        if self.graph is not None:
             phi = self.layout.flat(self.secant(move, secant), (len(change),))
             return phi, change - phi @ move.shift
         phi, residual = self.integrate(move, change, lambda t: self.probe.grads(move.point + t * move.shift), lambda v: v @ move.shift)
@@ -309,18 +312,18 @@ def _loss_scale(recorded, scaled, factors):
     guesses = [1 / c for c in factors if isinstance(c, float) and c] + ([2.**round(math.log2(fit))] if fit > 1.5 else [])
     return min([1., *guesses], key=lambda c: _mismatch(recorded, c * scaled)[0]) if factors else 1.
 
-def _check_gradient(s, recorded, revisited, noise=0., tol=1e-2):
-    "Is the recorded gradient, known up to noise of some norm, the revisited one? Raises `ValueError` if not."
+def _difference(s, recorded, revisited, noise=0., tol=1e-2):
+    "Is the recorded gradient, known up to noise of some norm, the revisited one? If not, what is wrong, in words."
     rel, factor = _mismatch(recorded, revisited)
     if rel <= tol or (recorded - revisited).norm() <= noise: return
-    if not revisited.any(): raise ValueError(f"The gradient revisited at step {s} is zero: the loss does not depend on its `model` argument (detached, or computed from another model).")
+    if not revisited.any(): return f"The gradient revisited at step {s} is zero: the loss does not depend on its `model` argument (detached, or computed from another model)."
     why = (f"it is {factor:.4g} times that one. The loop weighted the samples differently from 1/len(ids): pass weight= to recorder.batch "
            "(the gradient is then sum_k weight_k grad loss_k), or give explain the loss that the loop used. recorder.batch must come before backward"
            if _mismatch(recorded, factor * revisited)[0] <= tol else
            f"they differ by {rel:.2g} of its norm. The data, their order, the loss, a penalty or the precision differ from the run: "
            "data[ids] must give what the loop saw (random augmentation: after recorder.batch(ids), in the same process), an explicit regularizer must be passed as penalty=, "
            "and a loop under autocast needs it inside the loss")
-    raise ValueError(f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}.")
+    return f"The gradient recorded at step {s} is not the one revisited with this data and loss: {why}."
 
 # %% ../nbs/06_kernel.ipynb #e6a27ab9
 class Samples:
@@ -329,6 +332,7 @@ class Samples:
         self.q, self.penalty = query, penalty
         if data is None or not callable(loss): raise TypeError("keep holds 'sample': pass the training data and loss(model, batch) -> [B], or leave 'sample' out of keep.")
         if isinstance(data, torch.utils.data.DataLoader): raise TypeError("data is the data set, not a loader: pass loader.dataset.")
+        if isinstance(data, Indexed): data = data.dataset
         if isinstance(data, tuple): raise TypeError("A tuple of tensors is not a data set: pass torch.utils.data.TensorDataset(*tensors).")
         if hasattr(data, "__len__"): _check_memory(("sample",), dict(sample=len(data)))
         self.contract = Contraction(query.probe.model, loss, data, query.comps, engine=engine)
@@ -338,6 +342,7 @@ class Samples:
         if top > int(self.ids[-1]): raise ValueError(f"The recording holds sample id {top}, but data has only {len(data)} samples: pass the "
                                                      "data set that the run was trained on.")
         self.labels, self.group = _groups(samples, self.ids)
+        self.worst, self.fault = 0., (0., None)             # largest mismatch; the largest beyond noise, and what is wrong there
     def places(self, ids): return self.group[torch.searchsorted(self.ids, ids)]
     def scale(self, s):
         "Flat [D] factors between the accumulated and the recorded gradient, or 1; and the numbers among them."
@@ -371,7 +376,21 @@ class Samples:
         ids, _, replay = self.calls(s)[0]
         with _in_mode(self.q.probe.model, self.q.history.training(s)): self.contract.check(ids, replay=replay)
         scaled, times = self.used(move)
-        _check_gradient(s, move.gradient, times * scaled, move.noise.norm())
+        self.refuse(move, times * scaled)
+    def first(self):
+        "Steps to look at before a sweep: the first two, and the first whose batch has another size."
+        q, size = self.q, lambda s: len(self.q.history.ids(s))
+        odd = next((s for s in range(q.start, q.stop) if size(s) != size(q.start)), q.start)
+        return sorted({q.start, min(q.start + 1, q.stop - 1), odd})
+    def compare(self, move, used):
+        "Note how far the revisited gradient is from the recorded one."
+        miss = _mismatch(move.gradient, used)[0]
+        self.worst = max(self.worst, miss)
+        if miss > self.fault[0] and (why := _difference(move.s, move.gradient, used, move.noise.norm())): self.fault = miss, why
+    def refuse(self, move, used):
+        "Raise `ValueError` if the revisited gradient is not the recorded one."
+        self.compare(move, used)
+        if self.fault[1]: raise ValueError(self.fault[1])
     def used(self, move):
         "The revisited gradient with the recorded factors, flat, and what a gradient scaler multiplied the loss by."
         grad, (scale, factors) = self.revisit(move.s, self.q.layout.split(torch.zeros_like(move.theta)[None]))[1], self.scale(move.s)
@@ -392,14 +411,15 @@ class Samples:
         "The gradient that the optimizer should have seen, before clipping, flat. Tensors that it did not step count as 0."
         return self.q.layout.flat({k: grad[k] for k in move.linear}) + move.stepped * self.regularizer()
     def __call__(self, move, psi):
-        "Scores [T, C, B] of the batch at `move`, the places of its samples, the penalty's share [T, C], and the mismatch."
+        "Scores [T, C, B] of the batch at `move`, the places of its samples, and the penalty's share [T, C]."
         self.q.probe.move(move.theta)
         scale, factors = self.scale(move.s)
         scores, grad = self.revisit(move.s, self.q.layout.split(scale * psi))
         scaled = scale * self.revisited(move, grad)
         times = _loss_scale(move.gradient, scaled, factors)
         pen = times * self.q.by_component(scale * psi * self.regularizer()) if self.penalty else None
-        return times * scores, self.places(self.q.history.ids(move.s)), pen, _mismatch(move.gradient, times * scaled)[0]
+        self.compare(move, times * scaled)
+        return times * scores, self.places(self.q.history.ids(move.s)), pen
 
 def _hvp(value, probe, psi):
     "Hessian of a scalar times every row of `psi`, flat [T, D]."
@@ -462,18 +482,18 @@ class Tails:
 
 # %% ../nbs/06_kernel.ipynb #fffd310e
 def _sweep(q, samples, out, by_update, bar):
-    "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline, prediction and the largest gradient mismatch."
+    "Walk the steps backwards; fill `out` (a dict of `Kept`). Returns baseline and prediction."
     f_start, f_end = q.ends(q.values)
     after_f, after, T = f_end, q.theta(q.stop), len(f_end)
-    tails, worst, off = Tails(T), 0., 0.
+    tails, off = Tails(T), 0.
     for s in reversed(range(q.start, q.stop)):
         move, w = q.move(s, after), q.window(s)
         before_f = q.values(move.point) if s > q.start else f_start
         phi, quadrature = q.phi(move, after_f - before_f)
         psi, chi, drift = tails(move, phi, w if by_update else 0)                                # [L*T, D], [L*T]
         gradient = move.gradient
-        scores, places, pen, miss = samples(move, psi) if samples else (q.by_component(psi * gradient)[..., None], None, None, 0.)
-        decay, rounding, worst = q.by_component(psi * move.coupled + chi * move.decoupled), chi @ (move.delta - move.linear_delta) + drift, max(worst, miss)
+        scores, places, pen = samples(move, psi) if samples else (q.by_component(psi * gradient)[..., None], None, None)
+        decay, rounding = q.by_component(psi * move.coupled + chi * move.decoupled), chi @ (move.delta - move.linear_delta) + drift
         for l, key in enumerate(tails.keys):
             rows, at = slice(l * T, (l + 1) * T), key if by_update else w
             out["data"].add(scores[rows], at, places)
@@ -489,10 +509,11 @@ def _sweep(q, samples, out, by_update, bar):
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
     warm = q.by_component(move.product(tails.carry, move.state, len(tails.keys) * T) + tails.chi * (move.theta - move.point))
     for rows in warm.split(T): out["initial"].add(rows)
-    if samples and (off > .01 * (f_end - f_start).abs()).any():
-        warnings.warn(f"Over the run, the revisited gradients differ from the recorded ones by {off.max():.2g} in units of the target, more than 1% of the change explained "
-                      "(result.replay). The data, device or precision are not those of the run, or a file is damaged (History(path).verify() tells).", stacklevel=3)
-    return f_start, f_end, worst
+    if samples and (samples.fault[1] or (off > .01 * (f_end - f_start).abs()).any()):
+        why = samples.fault[1] or "The data, device or precision are not those of the run."
+        warnings.warn(f"Over the run, the revisited gradients differ from the recorded ones by {off.max():.2g} in units of the target (result.replay). {why} "
+                      "If none of this fits, a file is damaged: History(path).verify() tells.", stacklevel=3)
+    return f_start, f_end
 
 def _warn_rounding(result):
     lost, change = abs(result.rounding).sum(), abs(result.prediction - result.baseline).sum()
@@ -514,7 +535,7 @@ def _march(q, out, bar):
         out["rounding"].add((phi @ moved["rounding"])[:, None], w)
         before_f = after_f
         bar.update(); bar.set_postfix(nodes=f"{q.mean_nodes:.2f}", refresh=False)
-    return f_start, f_end, 0.
+    return f_start, f_end
 
 # %% ../nbs/06_kernel.ipynb #2418e01b
 class Unrolled:
@@ -530,6 +551,9 @@ class Unrolled:
         q.probe.move(move.theta)
         psi = self._unclip(move, used)
         scores, grad = samples.revisit(move.s, q.layout.split(psi))
+        scale, factors = samples.scale(move.s)
+        scaled = scale * samples.revisited(move, grad)
+        samples.refuse(move, _loss_scale(move.gradient, scaled, factors) * scaled)      # there is no `replay` to book a difference in
         pen = q.by_component(psi * samples.regularizer()) if samples.penalty else None
         self.theta = direct + samples.hessian(move.s, psi)
         return scores, q.by_component(decay), pen
@@ -585,7 +609,7 @@ def _unroll(q, samples, out, bar):
         if pen is not None: out["penalty"].add(pen, w)
         after, q.spent[s] = move.theta, 0
         bar.update()
-    return f_start, f_end, 0.
+    return f_start, f_end
 
 # %% ../nbs/06_kernel.ipynb #424cd35c
 PARTS = ("data", "decay", "penalty", "initial", "residual")   # these and the baseline add up to the prediction
@@ -618,18 +642,21 @@ def explain(path,                   # directory of a recorded run, or an open `H
     if sweep not in ("frozen", "unrolled"): raise ValueError(f"sweep is 'frozen' or 'unrolled', not {sweep!r}.")
     unrolled = sweep == "unrolled"
     if unrolled and (step_axis == "update" or complete): raise ValueError("sweep='unrolled' takes derivatives by the weights of gradients: it has no update axis and no residual to complete. Leave out step_axis= and complete=.")
+    if unrolled and rule in SECANT_RULES: raise ValueError("sweep='unrolled' takes a derivative at the end of the run and integrates nothing: leave out rule=.")
+    if complete and rule in SECANT_RULES: raise ValueError(f"rule={rule!r} leaves no residual to complete: leave out complete=.")
     began, by_update, with_samples = time.perf_counter(), step_axis == "update" and "step" in keep, "sample" in keep or unrolled
     q = Query(path, model, target, keep=keep, rule=rule, nodes=nodes, tol=tol, component=component, steps=steps, device=device, dtype=dtype,
               average=average, complete=complete)
+    if samples is not None and "sample" not in keep: raise ValueError("samples= groups the sample axis, which is not kept: put 'sample' into keep, or leave out samples=.")
     if penalty is not None and not with_samples: raise ValueError("A penalty is told from the data only where the batches are revisited: keep 'sample' "
                                                                   "(or group all samples with samples=).")
     seen = Samples(q, loss, data, engine, samples, penalty) if with_samples else None
-    targets = len(_first_grads(q))
+    with _told_precision(q): targets = len(_first_grads(q))
     if not unrolled: q.trace(q.probe.outputs)
     sizes = dict(target=targets, step=q.windows, component=len(q.comps.labels), sample=len(seen.labels) if seen else 1)
     _check_memory(keep, sizes)
-    with keep_random(q.device):
-        for s in dict.fromkeys((q.start, min(q.start + 1, q.stop - 1))) if seen else (): seen.check(s)
+    with keep_random(q.device), _told_precision(q):
+        for s in seen.first() if seen else (): seen.check(s)
     axes = dict(data=AXES, decay=AXES[:3], penalty=AXES[:3], initial=("target", "component"), **{k: AXES[:2] for k in ("quadrature", "rounding", "replay")})
     names = [k for k in axes if (k != "penalty" or penalty is not None) and (k in ("data", "decay", "penalty") or not unrolled)]
     out = {k: Kept(keep, {a: sizes[a] for a in axes[k]}) for k in names}
@@ -639,11 +666,19 @@ def explain(path,                   # directory of a recorded run, or an open `H
         elif by_update and not seen: ends = _march(q, out, bar)
         else: ends = _sweep(q, seen, out, by_update, bar)
     result = _dataset(q, out, ends, seen)
-    result.attrs.update(rule=rule, tol=float(tol), sweep=sweep, step_axis=step_axis, engine=engine, completed=int(complete), averaged=int(average is not None),
-                        seconds=time.perf_counter() - began, **_versions(q))
+    result.attrs.update(sweep=sweep, step_axis=step_axis, engine=engine, averaged=int(average is not None), summed_targets=1 if "target" in keep else targets, seconds=time.perf_counter() - began, **_versions(q))
     if unrolled: return result
+    result.attrs.update(rule=rule, tol=float(tol), completed=int(complete))
     _warn_rounding(result)
     return _closing(result)
+
+@contextmanager
+def _told_precision(q):
+    "Say in which precision the network is evaluated where torch complains of another one."
+    try: yield
+    except RuntimeError as e:
+        if "dtype" not in str(e): raise
+        raise RuntimeError(f"{e}. The network is evaluated in {q.dtype}: give the data and the inputs of the target that type, or pass dtype= to evaluate it in theirs.") from e
 
 def _first_grads(q):
     "Gradients at the end of the window: the first evaluation, in which a bad target shows."
@@ -685,20 +720,26 @@ def _versions(q):
 
 # %% ../nbs/06_kernel.ipynb #1c956a1a
 def _dataset(q, out, ends, seen):
-    f_start, f_end, worst = ends
+    f_start, f_end = ends
     ds = xr.Dataset({k: v.array() for k, v in out.items()})
     if "quadrature" in ds: ds["residual"] = ds["quadrature"] + ds["rounding"] + ds["replay"]
     dims = ["target"] if "target" in q.keep else []
     for name, value in (("baseline", f_start), ("prediction", f_end)): ds[name] = (dims, value.cpu().numpy().reshape(-1 if dims else ()))
     if "target" in ds.dims: ds = ds.assign_coords(target=np.arange(len(f_start)))
     if "sample" in ds.dims: ds = ds.assign_coords(sample=seen.labels)
-    ds.attrs["gradient_mismatch"] = float(worst)
+    if seen: ds.attrs["gradient_mismatch"] = seen.worst
     return q.describe(ds)
+
+def check_adds_up(result: xr.Dataset):
+    "Raise `ValueError` for derivatives, which are no parts of a prediction."
+    if result.attrs.get("sweep") == "unrolled":
+        raise ValueError("This result holds derivatives (sweep='unrolled'), which do not add up to the prediction. Draw it by heatmap or top_samples, or explain with sweep='frozen'.")
 
 def total(result: xr.Dataset, # what `explain` or `reconstruct` returned
           dims=("target",),   # axes to keep
          ) -> xr.Dataset:     # the parts, baseline and prediction over those axes
     "The account of a result: every part summed over all axes but `dims`."
+    check_adds_up(result)
     parts = {k: result[k] for k in ("baseline", *PARTS, "prediction") if k in result}
     return xr.Dataset({k: v.sum([d for d in v.dims if d not in dims], skipna=False) for k, v in parts.items()})   # skipna would copy
 
@@ -733,7 +774,7 @@ def reconstruct(path,                    # directory of a recorded run, or an op
     if not set(keep) <= {"step", "component"}: raise ValueError(f"reconstruct keeps some of ('step', 'component') besides the outputs, not {keep!r}: use explain for samples.")
     q = Query(path, model, fn, keep=(*keep, "target"), rule=rule, nodes=nodes, tol=tol, component=component, steps=steps, device=device, dtype=dtype, average=average)
     f = Forward(q.probe, fn)
-    _check_repeats(q, f.values, "fn"); f.check()
+    with _told_precision(q): _check_repeats(q, f.values, "fn"); f.check()
     q.trace(fn)
     values = f.values if q.graph is None else q.values
     first, last = q.ends(values)
@@ -752,7 +793,7 @@ def reconstruct(path,                    # directory of a recorded run, or an op
         parts = torch.stack([moved[k] for k in names])
         masked = torch.stack([parts * (q.place == c) for c in range(C)], 1).flatten(0, 1) if C > 1 else parts      # [parts * C, D]
         along = torch.cat([masked, moved["rounding"][None]])                        # rounding has a direction of its own, so that the rest is quadrature
-        if q.graph: value = q.secant(move, secant_forward, tangents=q.layout.split(along))
+        if q.graph is not None: value = q.secant(move, secant_forward, tangents=q.layout.split(along))
         else: value, _ = q.integrate(move, after - before, lambda t: f.jvps(move.point + t * move.shift, along), lambda v: v.sum(0))
         for k, v in zip(names, value[:-1].unflatten(0, (len(names), C))): _accumulate(out, k, v, w, q)
         for k, v in (("quadrature", after - before - value.sum(0)), ("rounding", value[-1])): _accumulate(out, k, v[None], w, q)

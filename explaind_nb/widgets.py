@@ -61,7 +61,7 @@ def draw_components(result: xr.Dataset,   # what `explain` or `reconstruct` retu
     ax.axvline(0, color=".2", lw=.8)
     low, high = ax.dataLim.intervalx
     ax.set_xlim(low - .05 * (high - low or 1), high + .12 * (high - low or 1))              # room for the numbers
-    ax.set_xlabel(f"change of {_named(target)}; beside the bars |Σ| / Σ|·|")
+    ax.set_xlabel(f"change of {_named(result, target)}; beside the bars |Σ| / Σ|·|")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8.5)
     sums = {k: float(r[k].sum()) for k in (*parts, "residual")}
     _title(ax, f"{_words(result, window)}: {sum(sums.values()):+.4g}\n" + ", ".join(f"{k} {v:+.4g}" for k, v in sums.items()))
@@ -167,7 +167,7 @@ def draw_samples(result: xr.Dataset,    # what `explain` returned, with "sample"
     "The training samples that raised and lowered a target the most, in a window of steps and through one component."
     ax = top_samples(select(result, window, component), target, k, names, ax)
     where = [] if window is None else [_words(result, window)]
-    ax.set_xlabel(f"change of {_named(target)} due to the sample: {', '.join([*where, component or 'all components'])}\n(share of the realised change; not a what-if)")
+    ax.set_xlabel(f"{', '.join([*where, component or 'all components'])}: {ax.get_xlabel()}")
     return ax
 
 def top_pairs(result: xr.Dataset, # what `explain` returned, with "sample" kept

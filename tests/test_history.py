@@ -523,6 +523,30 @@ def test_one_recorder_at_a_time(tmp_path):
     model = mlp()
     with Recorder(model, OPTIMIZERS["sgd"](model.parameters()), tmp_path): refused(tmp_path, "recorded to by another", model=model)
 
+def test_an_attempt_without_a_step_is_begun_again(tmp_path):
+    "Also with another network; nothing was recorded that could be lost."
+    model = mlp()
+    with pytest.raises(RuntimeError, match="no batch was announced"), Recorder(model, opt := OPTIMIZERS["adam"](model.parameters()), tmp_path): backward(model, torch.arange(3)); opt.step()
+    other = torch.nn.Linear(5, 3)
+    with Recorder(other, torch.optim.SGD(other.parameters(), lr=.1), tmp_path): pass
+    with Recorder(fresh := mlp(), opt := OPTIMIZERS["sgd"](fresh.parameters()), tmp_path) as r: train(fresh, opt, r, batches(2))
+    assert len(History(tmp_path)) == 2 and all(torch.equal(p, History(tmp_path).theta(2)[n]) for n, p in fresh.named_parameters())
+
+
+def test_masks_drawn_before_the_batch_is_announced(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(.5), torch.nn.Linear(8, 1))
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    def step(r, early):
+        if early: r.batch(torch.arange(3))
+        out = model(torch.randn(3, 4)).mean() if early else model(torch.ones(3, 4)).mean()
+        if not early: r.batch(torch.arange(3))
+        out.backward(); opt.step(); opt.zero_grad()
+    with Recorder(model, opt, tmp_path / "early") as r: step(r, True)
+    with pytest.raises(RuntimeError, match="'1' is random.*before the forward pass"), Recorder(model, opt, tmp_path / "late") as r: step(r, False)
+    opt.zero_grad()
+    with Recorder(model.eval(), opt, tmp_path / "eval") as r: step(r, False)
+
+
 def test_warm_start(tmp_path):
     for name in ("momentum", "adam", "amsgrad", "sgd"):
         model = mlp()

@@ -10,7 +10,7 @@ from zoo import ZOO
 
 from explaind_nb.average import ema
 from explaind_nb.derivation import reference_kernel
-from explaind_nb.history import Recorder
+from explaind_nb.history import Indexed, Recorder
 from explaind_nb.kernel import _check_memory, explain, load, reconstruct, save
 from explaind_nb.optimizers import LinearStep, register
 
@@ -471,16 +471,66 @@ def test_map_style_data_sets(small, tmp_path):
         assert abs(run_explain(path, case._replace(data=data)).data - want.data).max() < 1e-13
 
 
-def test_wrong_data_later_in_the_run_is_reported(small):
-    "The first steps match and the later ones do not; targets that cancel do not hide it."
-    case, path = small
-    early = torch.cat(BATCHES["unequal"][:2])
+def test_wrong_data_later_in_the_run_is_reported(small, tmp_path):
+    "The first steps match and the later ones do not; targets that cancel do not hide it. The unrolled sweep, which has no account for it, refuses."
+    case, batches = small[0], BATCHES["minibatch"]
+    record(tmp_path, case, OPTIMIZERS["adamw"], batches)
+    early = torch.cat(batches[:2])
     class Late:
         def __len__(self): return 12
         def __getitem__(self, ids): return tree_map(lambda a, b: torch.where(torch.isin(ids, early).reshape(-1, *[1] * (a.dim() - 1)), a, b), case.data[ids], case.data[11 - ids])
     both = lambda m: torch.stack([case.target(m)[0], -case.target(m)[0]])
-    with pytest.warns(UserWarning, match="differ from the recorded ones"):
-        explain(path, case.make(), Late(), case.loss, both, rule="midpoint", progress=False)
+    with pytest.warns(UserWarning, match="differ from the recorded ones.*recorded at step [2-5] is not the one revisited.*data"):
+        r = explain(tmp_path, case.make(), Late(), case.loss, both, rule="midpoint", progress=False)
+    assert r.gradient_mismatch > .01
+    with pytest.raises(ValueError, match="recorded at step [2-5] is not the one revisited"): explain(tmp_path, case.make(), Late(), case.loss, both, sweep="unrolled", progress=False)
+
+
+def test_uneven_batches_divided_by_a_constant_are_refused(small, tmp_path):
+    "The first two batches are full; the third is smaller, but the loop divides by the size of a full one."
+    case, batches = small[0], BATCHES["unequal"]
+    model = case.make()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    with Recorder(model, optimizer, tmp_path) as recorder:
+        for ids in batches:
+            recorder.batch(ids)
+            (case.loss(model, case.data[ids]).sum() / 5).backward()
+            optimizer.step(); optimizer.zero_grad()
+    for sweep in ("frozen", "unrolled"):
+        with pytest.raises(ValueError, match="step 2 .*0.4 times that one.*weight="): explain(tmp_path, case.make(), case.data, case.loss, case.target, sweep=sweep, progress=False)
+
+
+def test_another_activation_is_noticed(small):
+    case, path = small
+    model = case.make()
+    name = next(n for n, m in model.named_modules() if not list(m.parameters()))
+    model.set_submodule(name, torch.nn.Softplus())
+    with pytest.warns(UserWarning, match="print differently"): explain(path, model, None, None, case.target, keep=("step",), progress=False)
+
+
+def test_another_precision_is_named(small):
+    case, path = small
+    with pytest.raises(RuntimeError, match="evaluated in torch.float32.*dtype="): explain(path, case.make(), case.data, case.loss, case.target, dtype=torch.float32, progress=False)
+
+
+def test_arguments_that_do_nothing_are_refused(small):
+    case, path = small
+    for how, text in ((dict(sweep="unrolled", rule="secant"), "integrates nothing"), (dict(rule="secant", complete=True), "no residual"), (dict(keep=("step",), samples=["a"] * 12), "put 'sample' into keep")):
+        with pytest.raises(ValueError, match=text): explain(path, case.make(), case.data, case.loss, case.target, progress=False, **how)
+    for bad in (None, 3): 
+        with pytest.raises(TypeError, match="directory of a recording"): explain(bad, case.make(), case.data, case.loss, case.target, progress=False)
+    with pytest.raises(TypeError, match="function of the model"): explain(path, case.make(), case.data, case.loss, torch.ones(1), progress=False)
+    r = explain(path, case.make(), case.data, case.loss, case.target, steps=(np.int64(0), np.int64(2)), progress=False)
+    assert r.sizes["step"] == 2
+
+
+def test_data_may_be_indexed(small):
+    case, path = small
+    class Plain(torch.utils.data.Dataset):
+        def __len__(self): return 12
+        def __getitem__(self, i): return case.data[i]
+    ask = lambda data: explain(path, case.make(), data, case.loss, case.target, keep=("sample",), progress=False).data.values
+    np.testing.assert_array_equal(ask(Indexed(Plain())), ask(Plain()))
 
 
 def test_reconstruct_refusals(small):

@@ -5,6 +5,7 @@ import pytest
 import xarray as xr
 from matplotlib.colors import Normalize, SymLogNorm, to_rgba
 
+from explaind_nb.kernel import total
 from explaind_nb.plots import COLORS, account, cancellation, heatmap, top_samples, trajectory, waterfall
 
 SIZES = dict(target=2, step=9, component=3, sample=7)
@@ -286,22 +287,35 @@ def test_account_adds_up():
     parts = ["baseline", "data", "decay", "penalty", "initial", "residual", "quadrature", "rounding", "replay", "prediction"]
     assert list(rows) == parts
     for k, v in rows.items(): assert v == pytest.approx(r[k].sum().item(), rel=1e-5)
-    assert "18 nodes, 2.00 per step" in text and "closing error" in text
-    assert text.splitlines()[-1].split("closing error ")[1].startswith(("0", "1e-16", "2e-16", "3e-16", "4e-16"))
+    assert "18 nodes, 2.00 per step" in text and "of the largest" in text
+    assert text.splitlines()[-1].split("add up to within ")[1].startswith(("0", "1e-16", "2e-16", "3e-16", "4e-16"))
     assert isinstance(text, str) and repr(text) == str(text) and text._repr_html_().startswith("<pre>")
 
 
 def test_account_shows_what_is_missing():
     r = make()
     r["prediction"] = r["prediction"] + 1e3
-    assert float(account(r).split("closing error ")[1].split()[0]) == pytest.approx(1., rel=.2)
+    assert float(account(r).split("add up to within ")[1].split()[0]) == pytest.approx(1., rel=.2)
     r["prediction"] = r["baseline"]
     assert "%" not in account(r)
 
 
-@pytest.mark.parametrize("plot", [waterfall, trajectory, account])
+@pytest.mark.parametrize("plot", [waterfall, trajectory, account, total])
 def test_derivatives_do_not_add_up(plot):
     with pytest.raises(ValueError, match="do not add up.*heatmap"): plot(xr.Dataset(attrs=dict(sweep="unrolled")))
+
+
+def test_derivatives_are_called_so():
+    r = make().assign_attrs(sweep="unrolled")
+    ax = top_samples(r)
+    assert "derivative" in ax.get_xlabel() and "what-if" not in ax.get_xlabel() and "of the absolute sum" in ax.get_title(loc="left")
+    assert "derivative" in heatmap(r).collections[0].colorbar.ax.get_ylabel()
+
+
+def test_targets_that_were_summed_are_counted():
+    r = make().assign_attrs(summed_targets=30)
+    assert "of the sum of 30 targets" in account(r) and "the sum of 30 targets" in waterfall(r).get_ylabel() and "the sum of 30 targets" in top_samples(r).get_xlabel()
+    assert "sum of" not in account(make())
 
 
 def ratio(x, shown=None):

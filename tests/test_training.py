@@ -192,8 +192,8 @@ def test_gradient_scaler(tmp_path, name, announced, clip):
 
 def test_the_scale_is_told_from_a_poor_gradient_too(tmp_path):
     "A revisited gradient that is some percent off (other precision, say) costs some percent, not the factor of the scaler."
-    train(tmp_path / "run", CASE, OPTIMIZERS["adamw"], UNEQUAL, scaler=grad_scaler(), clip=lambda ps: clip_grad_norm_(ps, .1))
-    bent = torch.zeros(M, dtype=torch.float64).index_fill(0, torch.cat(UNEQUAL[:2]).unique(), 1.)
+    train(tmp_path / "run", CASE, OPTIMIZERS["adamw"], MINIBATCH, scaler=grad_scaler(), clip=lambda ps: clip_grad_norm_(ps, .1))
+    bent = torch.zeros(M, dtype=torch.float64).index_fill(0, torch.cat(MINIBATCH[:2]).unique(), 1.)
     data = Samples(**CASE.data.named, bent=torch.where(bent == 1, 1., 1.3))
     case = CASE._replace(data=data, loss=lambda model, batch: CASE.loss(model, batch) ** batch["bent"])
     r = run_explain(tmp_path / "run", case)
