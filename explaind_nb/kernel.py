@@ -73,7 +73,7 @@ class Probe:
         return out.sum().reshape(1) if self.summed else out.reshape(-1)
     def values(self, theta):
         self.move(theta)
-        with torch.no_grad(), plain_kernels(self.model): out = self.outputs().double()
+        with torch.no_grad(), plain_kernels(self.model): out = self.outputs().double().clone()          # a target may be a parameter itself
         if not out.isfinite().all(): raise ValueError("The target is not finite at a recorded step: explain something finite, or a window of steps before that.")
         return out
     def grads(self, theta):
@@ -815,7 +815,7 @@ class Forward:
         with torch.no_grad(), plain_kernels(self.probe.model): out = self.call()
         if not isinstance(out, Tensor): raise TypeError(f"fn(model) must return one Tensor, got {type(out).__name__}.")
         if not out.isfinite().all(): raise ValueError("The outputs are not finite at a recorded step: reconstruct something finite, or a window of steps before that.")
-        return out.double()
+        return out.detach().double().clone()
     def check(self):
         with torch.enable_grad(), plain_kernels(self.probe.model): out = self.call()
         grads = torch.autograd.grad(out.sum(), self.probe.params, allow_unused=True) if out.requires_grad else []

@@ -49,7 +49,10 @@ def ramp(a, b, tie=0.):
 def _leaky(op, a, b):
     low = .01 if (s := op.option("negative_slope")) is None else s
     return low + (1 - low) * ramp(a, b)
-KINKED = dict(relu=lambda op, a, b: ramp(a, b), leaky_relu=_leaky, abs=lambda op, a, b: 2 * ramp(a, b, .5) - 1,
+def _hardtanh(op, a, b):
+    low, high = (default if (o := op.option(k)) is None else o for k, default in (("min_val", -1), ("max_val", 1)))
+    return ramp(a - low, b - low) - ramp(a - high, b - high, 1.)
+KINKED = dict(relu=lambda op, a, b: ramp(a, b), hardtanh=_hardtanh, leaky_relu=_leaky, abs=lambda op, a, b: 2 * ramp(a, b, .5) - 1,
     clamp_min=lambda op, a, b: ramp(a - op.option("min"), b - op.option("min"), 1.),
     clamp_max=lambda op, a, b: 1 - ramp(a - op.option("max"), b - op.option("max")))
 
@@ -105,11 +108,21 @@ def _lookup(op, lo, hi):
     ys, push, pull = linearise(lambda w: [F.embedding(lo[1], w)], lo[:1])
     return [ys, op(*hi)], push, pull
 
+def _inverse(y, v):
+    "Mean of 1 / y on the way from y to v, and the mean of s / y^2, s from -1/2 to 1/2; across a pole the mean of the ends, and 0."
+    middle, r = _mid(y, v), (v - y) / (y + v)
+    curve = torch.where(r.abs() < .03, -r / 3 * (1 + r**2 * (6/5 + r**2 * (9/7 + r**2 * (4/3)))), (torch.atanh(r) - r / (1 - r * r)) / (2 * r * r)) / middle**2
+    return torch.where(y * v > 0, _per(torch.atanh, r) / middle, _mid(1 / y, 1 / v)), torch.where(y * v > 0, curve, 0.)
+
 def _ratio(op, lo, hi):
-    "x / y as the product of x and 1 / y"
+    "The integral of the Jacobian of x / y along the segment, in closed form"
     if op.active == [0]: return _linear(op, lo, hi)
     (x, y), (u, v) = lo, hi
-    by_y, by_x = -_mid(x, u) / (y * v), _mid(1 / y, 1 / v)
+    by_x, curve = _inverse(y, v)
+    dx, dy = u - x, v - y
+    far, q = (y * v > 0) & ((v - y).abs() > .1 * torch.minimum(y.abs(), v.abs())), dx / torch.where(dy == 0, 1., dy)
+    ends = torch.where(y.abs() < v.abs(), -x / y / v + q * (1 / v - by_x), -u / v / y + q * (1 / y - by_x))          # the same, without the difference of large numbers
+    by_y = torch.where(far, ends, -_mid(x, u) / (y * v) - dx * curve)
     f = (lambda dy: [by_y * dy]) if op.active == [1] else (lambda dx, dy: [by_x * dx + by_y * dy])
     _, push, pull = linearise(f, [lo[i] for i in op.active])
     return [op(*lo), op(*hi)], push, pull

@@ -119,7 +119,8 @@ SEVERAL = dict(
     pools=[lambda x: F.max_pool1d(x, 2), lambda x: F.max_pool1d(x[None], 3, 2, 1, ceil_mode=True), lambda x: F.avg_pool1d(x, 2),
            lambda x: F.max_pool2d(x[None], 2, 1), lambda x: F.max_pool2d(x[None, None], 2, 2, 1, 2),
            lambda x: F.max_pool2d(x[None], 3, ceil_mode=True), lambda x: F.avg_pool2d(x[None], 2),
-           lambda x: F.adaptive_avg_pool2d(x[None], 2), lambda x: F.max_pool3d(x.reshape(1, 2, 3, 4), 2, 1)],
+           lambda x: F.adaptive_avg_pool2d(x[None], 2), lambda x: F.adaptive_max_pool1d(x, 4), lambda x: F.adaptive_max_pool2d(x[None], (3, 4)), lambda x: F.adaptive_max_pool2d(x[None], 1),
+           lambda x: F.adaptive_max_pool3d(x.reshape(1, 2, 3, 4), (1, 2, 3)), lambda x: F.max_pool3d(x.reshape(1, 2, 3, 4), 2, 1)],
     norms=[lambda x: F.layer_norm(x, (6,)), lambda x: F.rms_norm(x, (6,), eps=1e-3), F.normalize, lambda x: F.instance_norm(x[None]),
            lambda x: F.group_norm(x[None, :, :, None], 2, x[:, 0], x[:, 1]), lambda x: F.cosine_similarity(x, x.flip(0), 0),
            lambda x: F.batch_norm(x[..., None], torch.zeros(6).to(x), torch.ones(6).to(x))],
@@ -128,6 +129,11 @@ SEVERAL = dict(
                lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], attn_mask=(torch.arange(4) < 2).expand(4, 4)),
                lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], attn_mask=torch.zeros(4, 4) > 0)],
     exponential=[lambda x: torch.matrix_exp(x[:, :4])],
+    powers=[lambda x: x.exp() ** x.flip(0), lambda x: 2. ** x, lambda x: (1 + x.square()) ** x[0, 0], torch.exp2, lambda x: (2 + x.square()).log2(), lambda x: (2 + x.square()).log10()],
+    gates=[lambda x: F.glu(x, 1), lambda x: F.threshold(x, .3, .3), lambda x: F.softshrink(x, .3), F.relu6, lambda x: F.hardtanh(x, -.4, .7)],
+    ratios=[lambda x: x / (1 + x.flip(0).square()), lambda x: 1 / (3 + x.cos()), lambda x: (x[0] - 2) / (x[1].exp() - 9)],
+    in_place=[lambda x: (o := x.new_zeros(4, 6))[:2].add_(x[2:]) + o[2:].copy_(x[:2]), lambda x: torch.zeros_like(x).add_(x.square()),
+              lambda x: x.new_ones(4, 6).index_add_(0, torch.tensor([1, 0, 3, 1]), x)],
 )
 
 
@@ -253,3 +259,38 @@ def test_fused_recurrent_cells():
 def test_the_graph_can_be_read():
     net, x = nn.Linear(3, 2).double(), noise(1, 4, 3)
     assert "linear(constant[4, 3], weight, bias)" in repr(trace(lambda m: m(x).sum(0), net))
+
+
+@pytest.mark.parametrize("fn", [lambda m: F.normalize(m.x, dim=1).sum(0), lambda m: m.x.norm(dim=1), lambda m: F.cosine_similarity(m.x, noise(4, 4, 6), 1),
+                                lambda m: m.x.std(1), lambda m: m.x.norm()], ids=["normalize", "norm", "cosine", "std", "one"])
+def test_rows_of_zeros(fn):
+    "As in autograd, a norm has gradient 0 at 0."
+    x = noise(3, 4, 6)
+    x[1] = 0.
+    model = One(x)
+    out = fn(model).reshape(-1)
+    want = torch.stack([torch.autograd.grad(o, model.x, retain_graph=True)[0] for o in out])
+    found = trace(lambda m: fn(m).reshape(-1), model).gradients({"x": model.x})["x"]
+    assert want.isfinite().all() and abs(found - want).max() < 1e-12 * abs(want).max()
+
+
+def test_indices_of_adaptive_pooling():
+    x, pool = noise(5, 2, 3, 7, 5), lambda x: F.adaptive_max_pool2d(x, (3, 2), return_indices=True)
+    values, indices = pool(x)
+    graph = trace(lambda m: pool(m.x)[0] * pool(m.x)[1], One(x))
+    assert abs(graph.values({"x": x}) - values * indices).max() < 1e-12
+
+
+def test_a_threshold_that_jumps_is_refused():
+    with pytest.raises(ValueError, match="jumps"): trace(lambda m: F.threshold(m.x, .3, 0.), One(noise(3, 4, 6)))
+
+
+def test_resnet9_is_traced():
+    from explaind_nb.pruning import resnet9
+    torch.manual_seed(0)
+    model, x = resnet9().double(), noise(1, 2, 3, 32, 32, 1)[..., 0]
+    graph = trace(lambda m: m(x)[:, 0], model)
+    theta = {k: p.detach() for k, p in model.named_parameters()}
+    want = torch.autograd.grad(model(x)[0, 0], list(model.parameters()))
+    found = graph.gradients(theta)
+    assert all(abs(found[k][0] - g).max() < 1e-10 * (1 + abs(g).max()) for k, g in zip(theta, want))

@@ -33,6 +33,15 @@ def gap(graph, theta0, theta1, **options):
     return (parts.sum(0) - (ends[1] - ends[0])).abs().max().item() / size
 
 
+def off_middle(graph, theta0, theta1):
+    "How far the multipliers of a short segment are from the gradients in its middle or, if there is a kink, at an end, relative to the largest; without the padding row, of which autograd knows nothing."
+    rows = lambda g: {k: v[:, 1:] if k == "embed.weight" else v for k, v in g.items()}
+    found = rows(secant(graph, theta0, theta1))
+    near = [rows(graph.gradients({k: torch.lerp(theta0[k], theta1[k], t) for k in theta0})) for t in (.5, 0., 1.)]
+    size = max(abs(g).max().item() for g in near[0].values())
+    return min(max(abs(found[k] - g[k]).max().item() for k in g) for g in near) / size
+
+
 def line_integral(graph, theta0, theta1, n=24, rule="gauss"):
     at = lambda t: {k: torch.lerp(theta0[k], theta1[k], float(t)) for k in theta0}
     found = [(w, graph.gradients(at(t))) for t, w in zip(*nodes_weights(rule, n))]
@@ -46,6 +55,7 @@ def test_complete_on_the_zoo(name):
         model = case.make()
         graph = trace(fn, model)
         for seed, size in enumerate(SIZES): assert gap(graph, *ends(model, size, seed)) < 2e-13, size
+        for size in (1e-12, 1e-9, 1e-6): assert off_middle(graph, *ends(model, size, 9)) < 1e-3 * size + 2e-11, size
         assert gap(graph, *ends(model, .1), nodes=3) < 1e-13 and gap(graph, *ends(model, .1), richardson=True) < 1e-13
 
 
@@ -275,3 +285,35 @@ def test_rules_can_be_added():
 def test_arguments():
     model = One(noise(0, 2))
     with pytest.raises(ValueError, match="at least one piece"): secant(trace(lambda m: m.x, model), *ends(model, .1), nodes=0)
+
+
+class Normalised(nn.Module):
+    def __init__(self, zero):
+        super().__init__()
+        self.body, self.last, self.zero = nn.Linear(6, 4), nn.Linear(4, 4, bias=not zero), zero
+        if zero: nn.init.zeros_(self.last.weight)
+    def forward(self, x):
+        h = self.last(self.body(x).tanh()) if self.zero else self.last(self.body(x).relu()).relu()
+        return F.normalize(h, dim=-1)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("size", [1e-3, .05, .3])
+def test_division_by_what_grows_from_nothing(zero, size):
+    "Rows that are all zero at one end: complete, and no share beyond the size of things."
+    torch.manual_seed(3)
+    model, x = Normalised(zero).double(), noise(2, 60, 6, 1)[..., 0]
+    graph, two = trace(lambda m: m(x)[:, 0], model), ends(model, size)
+    parts = shares(graph, secant(graph, *two), *two)
+    change = graph.values(two[1]) - graph.values(two[0])
+    assert abs(parts.sum(0) - change).max() < 1e-13 and abs(parts).max() < 60
+
+
+def test_division_is_the_integral_of_its_jacobian():
+    for y, v in ((1., 1.), (1., 1 + 1e-9), (1., 1.05), (1., 1.0602), (1., 1.2), (1., 100.), (50., .5), (-2., -3.), (-1., 2.)):
+        model = nn.ParameterDict(dict(x=torch.tensor([.7]), y=torch.tensor([y]))).double()
+        two = [dict(x=torch.tensor([a]).double(), y=torch.tensor([b]).double()) for a, b in ((.7, y), (-1.9, v))]
+        graph = trace(lambda m: m["x"] / m["y"], model)
+        found, exact = secant(graph, *two), line_integral(graph, *two, n=400)
+        assert abs(shares(graph, found, *two).sum() - (graph.values(two[1]) - graph.values(two[0]))) < 1e-13
+        if y * v > 0: assert all(abs(found[k] - exact[k]).max() < 1e-10 * abs(exact[k]).max() for k in found), (y, v)

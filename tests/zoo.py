@@ -68,6 +68,16 @@ class Cnn(nn.Module):
         return self.head(F.relu_(self.conv2(x)).mean((2, 3)))
 
 
+class Pooled(nn.Module):
+    "SiLU, max pooling with overlap, average pooling, adaptive max pooling"
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.head = nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(5, 4, 2), nn.Linear(4, CLASSES)
+    def forward(self, x):
+        x = F.max_pool2d(F.silu(self.conv1(x)), 3, stride=1)
+        return self.head(F.adaptive_max_pool2d(F.avg_pool2d(self.conv2(x), 2, stride=1).tanh(), 1).flatten(1))
+
+
 class Signal(nn.Module):
     "Conv1d, ConvTranspose1d and RMSNorm, the norm over two axes"
     def __init__(self):
@@ -258,6 +268,7 @@ def _cases():
         case("mlp regression", lambda: Mlp(nn.Tanh()), Samples(vectors, noise(9, M, CLASSES)), squared_error, v),
         case("cnn groupnorm", Cnn, img, probe=i),
         case("cnn frozen batchnorm", lambda: Cnn(frozen_batch_norm).eval(), img, probe=i),
+        case("cnn pooling silu", Pooled, img, probe=i),
         case("conv1d rmsnorm", Signal, sig, probe=noise(14, 3, 2, 8)),
         case("conv3d", Volume, vol, probe=noise(15, 3, 1, 3, 3, 3)),
         case("transformer", Transformer, tok, probe=t),
