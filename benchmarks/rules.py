@@ -1,6 +1,7 @@
-"""Which quadrature rule, at equal cost: `python benchmarks/rules.py`. Whole runs of three networks, attribution by step x component.
+"""Which quadrature rule, at equal cost: `python benchmarks/rules.py`. Whole runs of three networks, attribution by step x component; with `DIR/run`, the recorded run of the
+paper's network (`explaind_nb --p 113 --seed 3 --out DIR`) instead.
 
-Cost is in seconds relative to one midpoint node per step (which evaluates the target and its gradient once). *Residual* is what the rule leaves, the sum over steps
+*Passes* are forward / backward passes of the network per step, the one forward that tells the residual included. Cost is in seconds relative to one midpoint node per step. *Residual* is what the rule leaves, the sum over steps
 of its magnitude against that of the target's changes. *Share error* is the sum of |share - reference| over steps and components against that of |reference|; the reference is
 the midpoint rule with many nodes, in float64. The committed table is in benchmarks/README.md.
 """
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from explaind_nb import Recorder, explain
+from explaind_nb import History, Recorder, explain
 from explaind_nb.modular import ModularTransformer, make_optimizer, modular_pairs, nll
 
 RULES = [("midpoint", 1), ("midpoint", 2), ("midpoint", 4), ("midpoint", 8), ("gauss", 2), ("gauss", 3), ("adaptive", 1), ("secant", 1), ("secant", 2), ("richardson", 1)]
@@ -81,6 +82,17 @@ def gelu(steps):
     return model, path, lambda m: F.cross_entropy(m(x[1400:1500].to(m.head.weight)), y[1400:1500]).reshape(1)
 
 
+def paper(run):
+    "The paper's network on its recorded run, 200 validation pairs."
+    _, val = modular_pairs(113, 4000, 2000)
+    return ModularTransformer(113), run, lambda m: nll(m, val[torch.arange(200)]).mean().reshape(1)
+
+
+def passes(rule, nodes):
+    "Forward / backward passes per step."
+    return f"{2 * nodes + 1:g} / {nodes:g}" if rule in ("secant", "richardson") else f"{nodes + 1:.3g} / {nodes:.3g}"
+
+
 def table(name, make, steps, fine):
     model, path, target = make(steps)
     model.__dict__.pop("loss", None)
@@ -92,15 +104,18 @@ def table(name, make, steps, fine):
     shares = lambda r: r.data + r.decay
     size, change = abs(shares(reference)).sum(), abs(shares(reference).sum("component") + reference.residual).sum()
     ask("midpoint", 1); unit = min(ask("midpoint", 1)[1] for _ in range(2))
-    print(f"\n{name}: {steps} steps, reference midpoint {fine}\n\n| rule | nodes | cost | residual | share error |\n|---|---|---|---|---|")
+    print(f"\n{name}: {steps} steps, reference midpoint {fine}\n\n| rule | nodes | passes | cost | residual | share error |\n|---|---|---|---|---|---|")
     for rule, nodes in RULES:
         r, seconds = ask(rule, nodes)
-        print(f"| {rule} | {r.nodes_per_step:.2f} | {seconds / unit:.1f} | {float(abs(r.quadrature).sum() / change):.1e} | {float(abs(shares(r) - shares(reference)).sum() / size):.1e} |", flush=True)
+        print(f"| {rule} | {r.nodes_per_step:.2f} | {passes(rule, r.nodes_per_step)} | {seconds / unit:.1f} | {float(abs(r.quadrature).sum() / change):.1e} | {float(abs(shares(r) - shares(reference)).sum() / size):.1e} |", flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if len(sys.argv) > 1 and sys.argv[1] != "--short":
+        table("modular addition, p = 113, ReLU", lambda steps: paper(sys.argv[1]), len(History(sys.argv[1])), 64)
+        sys.exit()
     short = "--short" in sys.argv
     table("modular addition, p = 23, ReLU", modular, 20 if short else 400, 8 if short else 64)
     table("CNN, ReLU, max-pooling", cnn, 20 if short else 200, 8 if short else 64)

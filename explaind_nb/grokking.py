@@ -10,7 +10,7 @@ __all__ = ['LAYERS', 'INNER', 'OUTER', 'WIDTH', 'PLACES', 'layer', 'part', 'four
            'layers_at_work', 'plot_parts', 'plot_progress', 'plot_maps', 'kept', 'summary', 'main']
 
 # %% ../nbs/15_grokking.ipynb #33c4393a
-import json, math, tempfile, time
+import json, math, shutil, tempfile, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -281,11 +281,11 @@ def look(run, p, train, val) -> xr.Dataset:
     "Curves and measures of one recorded run."
     return with_curves(measures(run, p, train, val), run, ModularTransformer(p), train, val).assign_attrs(p=p)
 
-def train_run(run, p, seed, max_steps=4000, **conf):
-    "Train until both accuracies are 1 and record it, unless the recording is there. Returns the training and validation pairs."
+def train_run(run, p, seed, max_steps=4000, record=True, **conf):
+    "Train until both accuracies are 1 and record it, unless the recording is there or not wanted. Returns the training and validation pairs."
     conf = settings(p) | conf
     train, val = modular_pairs(p, conf["n_train"], conf["n_val"])
-    if not Path(run).exists():
+    if record and not Path(run).exists():
         model, optimizer = fresh(p, seed, **conf)
         with Recorder(model, optimizer, run) as recorder: fit(model, optimizer, train, val, max_steps, recorder, seed=seed)
     return train, val
@@ -393,14 +393,15 @@ def main(runs: str = "grokking", # folder for the recorded runs
     rows = json.loads(table.read_text()) if table.exists() else []
     for decay in map(float, decays.split()):
         for n, seed in enumerate(map(int, seeds.split())):
-            name = f"seed{seed}" if p == 113 else f"p{p}seed{seed}" + (f"decay{decay:g}" if decay != 2 else "")
-            run = Path(runs)/name/"run"
-            train, val = train_run(run, p, seed, 3000 if p == 113 else 1500, weight_decay=decay)
+            usual = decay == settings(p)["weight_decay"]
+            folder = Path(runs)/((f"seed{seed}" if p == 113 else f"p{p}seed{seed}") + ("" if usual else f"decay{decay:g}"))
+            files = [folder/"look.nc", folder/"lines.nc"] + [out/f"maps{seed}.nc"] * (p == 113 and n == 0)
+            train, val = train_run(folder/"run", p, seed, 3000 if p == 113 else 1500, record=not all(f.exists() for f in files), weight_decay=decay)
             if not any((r["seed"], r["weight_decay"]) == (seed, decay) for r in rows):
-                ds = kept(run.parent/"look.nc", lambda: look(run, p, train, val))
-                lines = kept(run.parent/"lines.nc", lambda: stripe_curve(run, p, val).to_dataset())
-                if p == 113: save(ds.merge(lines.rename(step="when", stripes="lines")), out/f"{name}.nc")
+                ds, lines = kept(files[0], lambda: look(folder/"run", p, train, val)), kept(files[1], lambda: stripe_curve(folder/"run", p, val).to_dataset())
+                if p == 113: save(ds.merge(lines.rename(step="when", stripes="lines")), out/f"seed{seed}.nc")
                 rows.append(dict(p=p, seed=seed) | summary(ds, lines["stripes"], decay))
                 table.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
                 print(rows[-1], flush=True)
-            if p == 113 and n == 0: kept(out/f"maps{seed}.nc", lambda: compact(maps(run, p, val).merge(kernels(run, p, train, val))))
+            for f in files[2:]: kept(f, lambda: compact(maps(folder/"run", p, val).merge(kernels(folder/"run", p, train, val))))
+            if not usual: shutil.rmtree(folder/"run", ignore_errors=True)                       # gigabytes, and not looked at again

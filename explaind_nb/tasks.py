@@ -8,7 +8,7 @@ __all__ = ['PROBLEMS', 'NETWORKS', 'SETTINGS', 'Problem', 'modulo', 'multiplicat
            'simple_measures', 'geometry', 'task_row', 'main']
 
 # %% ../nbs/17_tasks.ipynb #007270ea
-import json
+import json, tempfile
 from collections.abc import Callable
 from functools import partial
 from itertools import permutations
@@ -153,8 +153,7 @@ SETTINGS = [("addition", 53, "transformer", .6), ("addition", 59, "transformer",
             ("permutations", 4, "transformer", .8), ("permutations", 4, "MLP", .8), ("even permutations", 5, "MLP", .6)]
 
 @call_parse
-def main(runs: str = "grokking", # folder for the recorded runs
-         out: str = "nbs/results/grokking/tasks.json",
+def main(out: str = "nbs/results/grokking/tasks.json",
          seeds: str = "0 1 2",
          threads: int = 1,
         ):
@@ -165,8 +164,9 @@ def main(runs: str = "grokking", # folder for the recorded runs
     for name, p, network, share in SETTINGS:
         for seed in map(int, seeds.split()):
             if (name, p, network, seed) in done: continue
-            run, problem = Path(runs)/f"{name} {p} {network} {seed}"/"run", PROBLEMS[name](p)
-            model, train, val = train_task(run, problem, network, seed, share)
-            rows.append(dict(problem=name, p=p, network=network, share=share, seed=seed) | task_row(run, problem, model, train, val))
+            problem = PROBLEMS[name](p)
+            with tempfile.TemporaryDirectory() as run:
+                model, train, val = train_task(f"{run}/run", problem, network, seed, share)
+                rows.append(dict(problem=name, p=p, network=network, share=share, seed=seed) | task_row(f"{run}/run", problem, model, train, val))
             Path(out).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
             print({k: v for k, v in rows[-1].items() if k != "geometry"}, flush=True)
