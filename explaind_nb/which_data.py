@@ -6,7 +6,7 @@
 __all__ = ['ADAM', 'SHAKEN', 'HORIZONS', 'SWEEPS', 'GROUPS', 'weighted_run', 'reached', 'shaken', 'mean_by', 'pair_scores',
            'horizons', 'removal_study', 'distance', 'chosen', 'set_study', 'group_study', 'agreement', 'main']
 
-# %% ../nbs/18_which_data.ipynb #12a22197
+# %% ../nbs/18_which_data.ipynb #58facd39
 import json, tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +22,7 @@ from .modular import accuracy, nll
 from .samples import lds, random_masks, spearman
 from .tasks import NETWORKS, alike, modulo, problem_pairs, shared
 
-# %% ../nbs/18_which_data.ipynb #cc4a1349
+# %% ../nbs/18_which_data.ipynb #6599278f
 ADAM = dict(lr=4e-3, weight_decay=2., betas=(.9, .98))
 
 def weighted_run(train, val, seed: int, steps: int,
@@ -61,7 +61,7 @@ def reached(log, accuracy: float = .5): # None if it was not
     for (s, a), (t, b) in zip(log, log[1:]):
         if b >= accuracy: return s + (t - s) * (accuracy - a) / (b - a) if b > a else t
 
-# %% ../nbs/18_which_data.ipynb #646108c7
+# %% ../nbs/18_which_data.ipynb #2ffbafbb
 SHAKEN = {"transformer": dict(network="transformer", eps=1e-8, steps=2500), "MLP, eps = 1e-8": dict(network="MLP", eps=1e-8, steps=800), "MLP, eps = 1e-4": dict(network="MLP", eps=1e-4, steps=800)}
 
 def shaken(train, val, seed=0, repeats=10, removed=.01, **run) -> dict: # the step with half of the validation pairs right: of the run itself, with noise on its first weights, without random pairs
@@ -70,7 +70,7 @@ def shaken(train, val, seed=0, repeats=10, removed=.01, **run) -> dict: # the st
     masks = torch.tensor(random_masks(repeats, len(train), removed, 0))
     return dict(itself=when(), noise=[when(jitter=1e-4 * (1 + i)) for i in range(repeats)], removed=[when(weight=1. - m.float()) for m in masks])
 
-# %% ../nbs/18_which_data.ipynb #d406f165
+# %% ../nbs/18_which_data.ipynb #bdb27565
 HORIZONS = (.4, .7, 1.)
 SWEEPS = {"credit": dict(sweep="frozen", rule="midpoint"), "derivative": dict(sweep="unrolled")}
 
@@ -84,17 +84,17 @@ def pair_scores(run, model, train, val, end: int, target, **how) -> dict: # {"cr
     ask = lambda way: explain(run, model, train, nll, target, keep=("target", "sample"), steps=(0, end), progress=False, **way, **how)["data"].transpose("target", "sample").values
     return {k: ask(way) for k, way in SWEEPS.items()}
 
-def horizons(log) -> list:
-    "Steps of the three horizons."
+def horizons(log, shares=HORIZONS) -> list:
+    "Steps of the horizons."
     if not reached(log): raise ValueError(f"The run does not generalise: validation accuracy {log[-1][1]:.2f} after {log[-1][0]} steps. Give it more steps or more pairs.")
-    return [round(h * reached(log)) for h in HORIZONS]
+    return [round(h * reached(log)) for h in shares]
 
-# %% ../nbs/18_which_data.ipynb #edb8a013
-def removal_study(train, val, seed: int, sizes=((.05, 40), (.01, 20)), steps=800) -> dict:
-    "LDS of credit and derivative for random removals, at three horizons; the steps of generalisation."
+# %% ../nbs/18_which_data.ipynb #862218fb
+def removal_study(train, val, seed: int, sizes=((.05, 40), (.01, 20)), steps=800, shares=HORIZONS) -> dict:
+    "LDS of credit and derivative for random removals, at the horizons; the steps of generalisation."
     run = tempfile.TemporaryDirectory()
     model, log, _ = weighted_run(train, val, seed, steps, path=run.name, enough=.6)
-    ends, target = horizons(log), lambda m: nll(m, val[:]).mean().reshape(1)
+    ends, target = horizons(log, shares), lambda m: nll(m, val[:]).mean().reshape(1)
     scores = {e: pair_scores(run.name, model, train, val, e, target) for e in ends}
     run.cleanup()
     base = weighted_run(train, val, seed, ends[-1], at=ends)[2]
@@ -109,7 +109,7 @@ def removal_study(train, val, seed: int, sizes=((.05, 40), (.01, 20)), steps=800
                                      lds_step={k: float(lds(scores[ends[-1]][k], masks, when[:, None])[0]) for k in SWEEPS})
     return out
 
-# %% ../nbs/18_which_data.ipynb #1b108528
+# %% ../nbs/18_which_data.ipynb #d4aa4766
 def distance(pairs, p: int) -> Tensor: # [M], 0 ... p // 2
     "How far apart the two symbols of a pair are on the circle."
     d = (pairs.tokens[:, 0] - pairs.tokens[:, 2]) % p
@@ -138,17 +138,18 @@ def set_study(train, val, p: int, seed: int, steps=800, at: int = 1) -> dict: # 
             out.setdefault(name, {})[f"{factor:g}"] = marks(weighted_run(train, val, seed, steps, w, enough=.95)[1])
     return out
 
-# %% ../nbs/18_which_data.ipynb #5d677faa
+# %% ../nbs/18_which_data.ipynb #abc8bdc4
 GROUPS = {"sum": lambda pairs: pairs.classes, "first symbol": lambda pairs: pairs.tokens[:, 0]}
 
-def group_study(train, val, p: int, seed: int, at: int = 1, steps=800) -> xr.Dataset: # over (group, of, from): credit, derivative, removed
+def group_study(train, val, p: int, seed: int, at: int = 1, steps=800, groups=tuple(GROUPS)) -> xr.Dataset: # over (group, of, from): credit, derivative, removed
     "Matrices of what the training pairs of each group do to the loss of the validation pairs of each group: scores of half of the group, and the change without that half."
     run = tempfile.TemporaryDirectory()
     model, log, _ = weighted_run(train, val, seed, steps, path=run.name, enough=.6)
     end, out = horizons(log)[at], {}
     base = weighted_run(train, val, seed, end, at=(end,))[2][end]
     half = torch.rand(len(train), generator=torch.Generator().manual_seed(seed)) < .5
-    for name, group in GROUPS.items():
+    for name in groups:
+        group = GROUPS[name]
         mine, theirs = group(train), group(val)
         labels = [f"{c}" if h else "rest" for c, h in zip(mine.tolist(), half.tolist())]
         places = sorted(set(labels))
@@ -157,7 +158,7 @@ def group_study(train, val, p: int, seed: int, at: int = 1, steps=800) -> xr.Dat
         without = lambda c: mean_by(weighted_run(train, val, seed, end, 1. - (half & (mine == c)).float(), at=(end,))[2][end] - base, theirs, p)
         out.setdefault("removed", []).append(torch.stack([without(c) for c in range(p)], 1).numpy())
     run.cleanup()
-    return xr.Dataset({k: (("group", "of", "from"), np.array(v, "float32")) for k, v in out.items()}, dict(group=list(GROUPS), **{"of": range(p), "from": range(p)}), dict(seed=seed, end=end))
+    return xr.Dataset({k: (("group", "of", "from"), np.array(v, "float32")) for k, v in out.items()}, dict(group=list(groups), **{"of": range(p), "from": range(p)}), dict(seed=seed, end=end))
 
 def agreement(ds: xr.Dataset) -> dict: # {group: {...}}
     "Rank correlation of minus the scores with what removal did, off the diagonal; how much of each matrix depends on the difference, and how alike these functions are."
@@ -170,7 +171,7 @@ def agreement(ds: xr.Dataset) -> dict: # {group: {...}}
         return dict(diagonal=diagonal, shared={k: shared(v, apart) for k, v in t.items()}) | {k: dict(rank=rank(t[k], t["removed"]), alike=alike(t[k], t["removed"], apart)) for k in SWEEPS}
     return {g: one(tables(g)) for g in ds["group"].values.tolist()}
 
-# %% ../nbs/18_which_data.ipynb #4677fe36
+# %% ../nbs/18_which_data.ipynb #6a0152da
 @call_parse
 def main(out: str = "nbs/results/grokking", # the folder to write to
          p: int = 53,
