@@ -6,7 +6,7 @@
 __all__ = ['ADAM', 'SHAKEN', 'HORIZONS', 'SWEEPS', 'GROUPS', 'weighted_run', 'reached', 'shaken', 'mean_by', 'pair_scores',
            'horizons', 'removal_study', 'distance', 'chosen', 'set_study', 'group_study', 'agreement', 'main']
 
-# %% ../nbs/18_which_data.ipynb #fe47d0f0
+# %% ../nbs/18_which_data.ipynb #3b29d7e7
 import json, tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +22,7 @@ from .modular import accuracy, nll
 from .samples import lds, random_masks, spearman
 from .tasks import NETWORKS, alike, modulo, problem_pairs, shared
 
-# %% ../nbs/18_which_data.ipynb #b2812014
+# %% ../nbs/18_which_data.ipynb #8fd794c1
 ADAM = dict(lr=4e-3, weight_decay=2., betas=(.9, .98))
 
 def weighted_run(train, val, seed: int, steps: int,
@@ -61,7 +61,7 @@ def reached(log, accuracy: float = .5): # None if it was not
     for (s, a), (t, b) in zip(log, log[1:]):
         if b >= accuracy: return s + (t - s) * (accuracy - a) / (b - a) if b > a else t
 
-# %% ../nbs/18_which_data.ipynb #fe49c1d1
+# %% ../nbs/18_which_data.ipynb #cfb13c93
 SHAKEN = {"transformer": dict(network="transformer", eps=1e-8, steps=2500), "MLP, eps = 1e-8": dict(network="MLP", eps=1e-8, steps=800), "MLP, eps = 1e-4": dict(network="MLP", eps=1e-4, steps=800)}
 
 def shaken(train, val, seed=0, repeats=10, removed=.01, **run) -> dict: # the step with half of the validation pairs right: of the run itself, with noise on its first weights, without random pairs
@@ -70,7 +70,7 @@ def shaken(train, val, seed=0, repeats=10, removed=.01, **run) -> dict: # the st
     masks = torch.tensor(random_masks(repeats, len(train), removed, 0))
     return dict(itself=when(), noise=[when(jitter=1e-4 * (1 + i)) for i in range(repeats)], removed=[when(weight=1. - m.float()) for m in masks])
 
-# %% ../nbs/18_which_data.ipynb #b05f301d
+# %% ../nbs/18_which_data.ipynb #b4e0fd8c
 HORIZONS = (.4, .7, 1.)
 SWEEPS = {"credit": dict(sweep="frozen", rule="midpoint"), "derivative": dict(sweep="unrolled")}
 
@@ -89,7 +89,7 @@ def horizons(log, shares=HORIZONS) -> list:
     if not reached(log): raise ValueError(f"The run does not generalise: validation accuracy {log[-1][1]:.2f} after {log[-1][0]} steps. Give it more steps or more pairs.")
     return [round(h * reached(log)) for h in shares]
 
-# %% ../nbs/18_which_data.ipynb #a6603a77
+# %% ../nbs/18_which_data.ipynb #48a2c569
 def removal_study(train, val, seed: int, sizes=((.05, 40), (.01, 20)), steps=800, shares=HORIZONS) -> dict:
     "LDS of credit and derivative for random removals, at the horizons; the steps of generalisation."
     run = tempfile.TemporaryDirectory()
@@ -109,7 +109,7 @@ def removal_study(train, val, seed: int, sizes=((.05, 40), (.01, 20)), steps=800
                                      lds_step={k: float(lds(scores[ends[-1]][k], masks, when[:, None])[0]) for k in SWEEPS})
     return out
 
-# %% ../nbs/18_which_data.ipynb #b203f8b3
+# %% ../nbs/18_which_data.ipynb #47ccb7e2
 def distance(pairs, p: int) -> Tensor: # [M], 0 ... p // 2
     "How far apart the two symbols of a pair are on the circle."
     d = (pairs.tokens[:, 0] - pairs.tokens[:, 2]) % p
@@ -138,7 +138,7 @@ def set_study(train, val, p: int, seed: int, steps=800, at: int = 1) -> dict: # 
             out.setdefault(name, {})[f"{factor:g}"] = marks(weighted_run(train, val, seed, steps, w, enough=.95)[1])
     return out
 
-# %% ../nbs/18_which_data.ipynb #b8d142bd
+# %% ../nbs/18_which_data.ipynb #303da371
 GROUPS = {"sum": lambda pairs: pairs.classes, "first symbol": lambda pairs: pairs.tokens[:, 0]}
 
 def group_study(train, val, p: int, seed: int, at: int = 1, steps=800, groups=tuple(GROUPS)) -> xr.Dataset: # over (group, of, from): credit, derivative, removed
@@ -171,7 +171,7 @@ def agreement(ds: xr.Dataset) -> dict: # {group: {...}}
         return dict(diagonal=diagonal, shared={k: shared(v, apart) for k, v in t.items()}) | {k: dict(rank=rank(t[k], t["removed"]), alike=alike(t[k], t["removed"], apart)) for k in SWEEPS}
     return {g: one(tables(g)) for g in ds["group"].values.tolist()}
 
-# %% ../nbs/18_which_data.ipynb #14f3293e
+# %% ../nbs/18_which_data.ipynb #f9ba4a2c
 @call_parse
 def main(out: str = "nbs/results/grokking", # the folder to write to
          p: int = 53,
