@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ADAM', 'SHAKEN', 'HORIZONS', 'SWEEPS', 'GROUPS', 'weighted_run', 'reached', 'shaken', 'mean_by', 'pair_scores',
-           'horizons', 'removal_study', 'distance', 'chosen', 'set_study', 'group_study', 'agreement', 'main']
+           'horizons', 'removal_study', 'distance', 'extremes', 'chosen', 'reweighted', 'set_study', 'group_study',
+           'agreement', 'main']
 
-# %% ../nbs/18_which_data.ipynb #3b29d7e7
+# %% ../nbs/18_which_data.ipynb #08bfa773
 import json, tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from .modular import accuracy, nll
 from .samples import lds, random_masks, spearman
 from .tasks import NETWORKS, alike, modulo, problem_pairs, shared
 
-# %% ../nbs/18_which_data.ipynb #8fd794c1
+# %% ../nbs/18_which_data.ipynb #3e17426b
 ADAM = dict(lr=4e-3, weight_decay=2., betas=(.9, .98))
 
 def weighted_run(train, val, seed: int, steps: int,
@@ -61,7 +62,7 @@ def reached(log, accuracy: float = .5): # None if it was not
     for (s, a), (t, b) in zip(log, log[1:]):
         if b >= accuracy: return s + (t - s) * (accuracy - a) / (b - a) if b > a else t
 
-# %% ../nbs/18_which_data.ipynb #cfb13c93
+# %% ../nbs/18_which_data.ipynb #49637c2c
 SHAKEN = {"transformer": dict(network="transformer", eps=1e-8, steps=2500), "MLP, eps = 1e-8": dict(network="MLP", eps=1e-8, steps=800), "MLP, eps = 1e-4": dict(network="MLP", eps=1e-4, steps=800)}
 
 def shaken(train, val, seed=0, repeats=10, removed=.01, **run) -> dict: # the step with half of the validation pairs right: of the run itself, with noise on its first weights, without random pairs
@@ -70,7 +71,7 @@ def shaken(train, val, seed=0, repeats=10, removed=.01, **run) -> dict: # the st
     masks = torch.tensor(random_masks(repeats, len(train), removed, 0))
     return dict(itself=when(), noise=[when(jitter=1e-4 * (1 + i)) for i in range(repeats)], removed=[when(weight=1. - m.float()) for m in masks])
 
-# %% ../nbs/18_which_data.ipynb #b4e0fd8c
+# %% ../nbs/18_which_data.ipynb #2ea9574a
 HORIZONS = (.4, .7, 1.)
 SWEEPS = {"credit": dict(sweep="frozen", rule="midpoint"), "derivative": dict(sweep="unrolled")}
 
@@ -89,7 +90,7 @@ def horizons(log, shares=HORIZONS) -> list:
     if not reached(log): raise ValueError(f"The run does not generalise: validation accuracy {log[-1][1]:.2f} after {log[-1][0]} steps. Give it more steps or more pairs.")
     return [round(h * reached(log)) for h in shares]
 
-# %% ../nbs/18_which_data.ipynb #48a2c569
+# %% ../nbs/18_which_data.ipynb #759e1f42
 def removal_study(train, val, seed: int, sizes=((.05, 40), (.01, 20)), steps=800, shares=HORIZONS) -> dict:
     "LDS of credit and derivative for random removals, at the horizons; the steps of generalisation."
     run = tempfile.TemporaryDirectory()
@@ -109,36 +110,41 @@ def removal_study(train, val, seed: int, sizes=((.05, 40), (.01, 20)), steps=800
                                      lds_step={k: float(lds(scores[ends[-1]][k], masks, when[:, None])[0]) for k in SWEEPS})
     return out
 
-# %% ../nbs/18_which_data.ipynb #47ccb7e2
+# %% ../nbs/18_which_data.ipynb #3118769c
 def distance(pairs, p: int) -> Tensor: # [M], 0 ... p // 2
     "How far apart the two symbols of a pair are on the circle."
     d = (pairs.tokens[:, 0] - pairs.tokens[:, 2]) % p
     return torch.minimum(d, p - d)
 
+def extremes(scores: dict, share=.05) -> dict: # {name: LongTensor}
+    "The pairs of lowest (of a loss: helpful) and highest score."
+    n = lambda v: round(share * len(v))
+    return {f"{k}: {name}": torch.tensor(v).argsort(descending=down)[:n(v)] for k, v in scores.items() for name, down in (("helpful", False), ("harmful", True))}
+
 def chosen(scores: dict, train, p: int, share=.05, randoms=5) -> dict: # {name: LongTensor}
-    "Sets of pairs: extremes of the scores (of the loss: negative helped), of the table, and random ones."
+    "Sets of pairs: extremes of the scores, of the table, and random ones."
     n, g = round(share * len(train)), torch.Generator().manual_seed(0)
     few = lambda group: torch.cat([(group == c).nonzero()[:, 0] for c in torch.randperm(p, generator=g)])[:n]
-    by_score = {f"{k}: {name}": torch.tensor(v).argsort(descending=down)[:n] for k, v in scores.items() for name, down in (("helpful", False), ("harmful", True))}
     table = {"few sums": few(train.classes), "few first symbols": few(train.tokens[:, 0]), "small distance": distance(train, p).argsort(stable=True)[:n]}
-    return by_score | table | {f"random {i}": torch.randperm(len(train), generator=g)[:n] for i in range(randoms)}
+    return extremes(scores, share) | table | {f"random {i}": torch.randperm(len(train), generator=g)[:n] for i in range(randoms)}
 
-def set_study(train, val, p: int, seed: int, steps=800, at: int = 1) -> dict: # {set: {factor: steps of .5 and .9}}
-    "Train again without the chosen pairs, and with twice their weight. The scores are those of the horizon `at`."
+def reweighted(train, val, seed: int, sets: dict, steps=800) -> dict: # {set: {factor: steps of .5 and .9}}
+    "Train again without the pairs of each set, and with twice their weight."
+    def marks(ids, factor):
+        w = torch.ones(len(train)); w[ids] = factor
+        log = weighted_run(train, val, seed, steps, w, enough=.95)[1]
+        return [reached(log), reached(log, .9)]
+    return {name: {f"{f:g}": marks(ids, f) for f in (0., 2.)} for name, ids in sets.items()}
+
+def set_study(train, val, p: int, seed: int, steps=800, at: int = 1) -> dict: # as `reweighted`, and the run itself
+    "Find pairs by the scores at the horizon `at`, and train again without them and with twice their weight."
     run = tempfile.TemporaryDirectory()
     model, log, _ = weighted_run(train, val, seed, steps, path=run.name, enough=.95)
-    end = horizons(log)[at]
-    scores = {k: v[0] for k, v in pair_scores(run.name, model, train, val, end, lambda m: nll(m, val[:]).mean().reshape(1)).items()}
+    scores = {k: v[0] for k, v in pair_scores(run.name, model, train, val, horizons(log)[at], lambda m: nll(m, val[:]).mean().reshape(1)).items()}
     run.cleanup()
-    marks = lambda log: [reached(log), reached(log, .9)]
-    out = {"itself": {"1": marks(log)}}
-    for name, ids in chosen(scores, train, p).items():
-        for factor in (0., 2.):
-            w = torch.ones(len(train)); w[ids] = factor
-            out.setdefault(name, {})[f"{factor:g}"] = marks(weighted_run(train, val, seed, steps, w, enough=.95)[1])
-    return out
+    return {"itself": {"1": [reached(log), reached(log, .9)]}} | reweighted(train, val, seed, chosen(scores, train, p), steps)
 
-# %% ../nbs/18_which_data.ipynb #303da371
+# %% ../nbs/18_which_data.ipynb #398746ba
 GROUPS = {"sum": lambda pairs: pairs.classes, "first symbol": lambda pairs: pairs.tokens[:, 0]}
 
 def group_study(train, val, p: int, seed: int, at: int = 1, steps=800, groups=tuple(GROUPS)) -> xr.Dataset: # over (group, of, from): credit, derivative, removed
@@ -171,7 +177,7 @@ def agreement(ds: xr.Dataset) -> dict: # {group: {...}}
         return dict(diagonal=diagonal, shared={k: shared(v, apart) for k, v in t.items()}) | {k: dict(rank=rank(t[k], t["removed"]), alike=alike(t[k], t["removed"], apart)) for k in SWEEPS}
     return {g: one(tables(g)) for g in ds["group"].values.tolist()}
 
-# %% ../nbs/18_which_data.ipynb #f9ba4a2c
+# %% ../nbs/18_which_data.ipynb #56174422
 @call_parse
 def main(out: str = "nbs/results/grokking", # the folder to write to
          p: int = 53,
@@ -189,7 +195,11 @@ def main(out: str = "nbs/results/grokking", # the folder to write to
         ds = group_study(train, val, p, seed)
         if seed == seeds[0]: save(ds, Path(out)/"groups.nc")
         return agreement(ds)
-    jobs |= {f"groups, {seed}": lambda seed=seed: groups(seed) for seed in seeds[:3]}
+    def transfer(seed):
+        of = {s: np.array(report[f"removals, {s}"]["scores"]["derivative"][1]) for s in seeds}
+        others = {"another run": of[seeds[(seeds.index(seed) + 1) % len(seeds)]], "mean of the other runs": np.mean([v for s, v in of.items() if s != seed], 0)}
+        return reweighted(train, val, seed, extremes(others))
+    jobs |= {f"transfer, {seed}": lambda seed=seed: transfer(seed) for seed in seeds} | {f"groups, {seed}": lambda seed=seed: groups(seed) for seed in seeds[:3]}
     for name, job in jobs.items():
         if name in report: continue
         report[name] = job()
