@@ -264,15 +264,25 @@ class _Call(nn.Module):
     def __init__(self, model, loss): super().__init__(); self.model, self.loss = model, loss
     def forward(self, batch): return self.loss(self.model, batch)
 
+class _PlainNorm(TorchFunctionMode):
+    "Weight normalisation in elementary operations: the second derivative of the fused one is wrong."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch._weight_norm: return func(*args, **(kwargs or {}))
+        v, g, dim = (*args, *(kwargs or {}).values(), 0)[:3]
+        return v * (g / torch.norm_except_dim(v, 2, dim))
+
+def _normed(model): # weight_norm's parameters, of torch.nn.utils.parametrizations and of torch.nn.utils
+    return any(n.endswith((".original1", "_v")) for n, _ in model.named_parameters())
+
 @contextmanager
 def plain_kernels(model):
-    "Run attention in its mathematical form, and recurrent layers without mkldnn."
+    "Run attention in its mathematical form, recurrent layers without mkldnn, weight normalisation in elementary operations."
     mha, mkldnn = torch.backends.mha, torch.backends.mkldnn
     fast, dnn = mha.get_fastpath_enabled(), mkldnn.enabled
     try:
         mha.set_fastpath_enabled(False)
         if any(isinstance(m, nn.RNNBase) for m in model.modules()): mkldnn.enabled = False
-        with sdpa_kernel(SDPBackend.MATH): yield
+        with sdpa_kernel(SDPBackend.MATH), _PlainNorm() if _normed(model) else nullcontext(): yield
     finally: mha.set_fastpath_enabled(fast); mkldnn.enabled = dnn
 
 # %% ../nbs/05_contraction.ipynb #d37dce6c

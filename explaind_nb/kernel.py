@@ -85,13 +85,19 @@ class Probe:
             raise ValueError("The target does not depend on the parameters: compute it from the `model` argument of target(model), without detach() or no_grad().")
         return torch.cat([self.layout.flat(dict(zip(self.layout.shapes, g)), (len(o),)) for o, g in rows])
 
+def _batched(grad, rows):
+    "All rows at once, or one by one where an operation cannot be batched (a second derivative of a convolution in groups)."
+    try: return grad(rows, is_grads_batched=True)
+    except torch.OutOfMemoryError: raise
+    except RuntimeError: return [None if g[0] is None else torch.stack(g) for g in zip(*map(grad, rows))]
+
 def _vjps(out, params, chunk=32):
     "Gradients of the entries of `out`, some at a time: pairs (entries, tuple of [t, *shape] or None)."
     if len(out) == 1:
         yield out, [None if g is None else g[None] for g in torch.autograd.grad(out.sum(), params, allow_unused=True)]
         return
     for rows in torch.eye(len(out), dtype=out.dtype, device=out.device).split(chunk):
-        yield rows, torch.autograd.grad(out, params, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
+        yield rows, _batched(lambda r, **how: torch.autograd.grad(out, params, r, retain_graph=True, allow_unused=True, **how), rows)
 
 # %% ../nbs/06_kernel.ipynb #e8ec5fd1
 class Move:
@@ -298,6 +304,18 @@ def _component_of(layout, comps):
         index, size = comps.index[k], place.stop - place.start
         out[place] = index if isinstance(index, int) else torch.as_tensor(index).repeat_interleave(size // len(index))
     return out
+
+def _warn_padding(q, unrolled=False):
+    "Say which rows autograd is blind to, if they move."
+    if q.rule in SECANT_RULES: return
+    first, last = q.history.theta(q.start), q.history.theta(q.stop)
+    for name, m in q.probe.model.named_modules():
+        k = f"{name}.weight" if name else "weight"
+        row = getattr(m, "padding_idx", None) if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) else None
+        if row is not None and k in q.layout.shapes and not torch.equal(first[k][row], last[k][row]):
+            where, remedy = ("are missing from these derivatives", "train with padding_idx=None") if unrolled else ("stay in the residual", "ask with rule='secant', which sees them")
+            warnings.warn(f"Row {row} of {k!r} moves during the run (its weight is tied, or decays), but autograd gives no derivative by it, since it is padding_idx: its effects on what is embedded {where}. Remove the padding from what is computed, or {remedy}.", stacklevel=3)
+
 
 # %% ../nbs/06_kernel.ipynb #34faa5c2
 def _mismatch(recorded, revisited):
@@ -647,6 +665,7 @@ def explain(path,                   # directory of a recorded run, or an open `H
     began, by_update, with_samples = time.perf_counter(), step_axis == "update" and "step" in keep, "sample" in keep or unrolled
     q = Query(path, model, target, keep=keep, rule=rule, nodes=nodes, tol=tol, component=component, steps=steps, device=device, dtype=dtype,
               average=average, complete=complete)
+    _warn_padding(q, unrolled)
     if samples is not None and "sample" not in keep: raise ValueError("samples= groups the sample axis, which is not kept: put 'sample' into keep, or leave out samples=.")
     if penalty is not None and not with_samples: raise ValueError("A penalty is told from the data only where the batches are revisited: keep 'sample' "
                                                                   "(or group all samples with samples=).")
@@ -773,6 +792,7 @@ def reconstruct(path,                    # directory of a recorded run, or an op
     began, out = time.perf_counter(), {}
     if not set(keep) <= {"step", "component"}: raise ValueError(f"reconstruct keeps some of ('step', 'component') besides the outputs, not {keep!r}: use explain for samples.")
     q = Query(path, model, fn, keep=(*keep, "target"), rule=rule, nodes=nodes, tol=tol, component=component, steps=steps, device=device, dtype=dtype, average=average)
+    _warn_padding(q)
     f = Forward(q.probe, fn)
     with _told_precision(q): _check_repeats(q, f.values, "fn"); f.check()
     q.trace(fn)

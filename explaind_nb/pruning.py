@@ -398,14 +398,14 @@ def correlations(effect: dict, units: dict) -> dict: # {(kind, method): rank cor
     rows = lambda d, kind: [d[k] for k in effect if _kind(k) == kind]
     return {(kind, method): spearman(rows(effect, kind), rows(d, kind)) for kind in kinds for method, d in units.items()}
 
-def study(task: Task, seeds: int = 5, sparsities=SPARSITIES,
+def study(task: Task, seeds=range(5), sparsities=SPARSITIES,
           tune_from: float = .5, # fine-tune from this sparsity on
          ) -> xr.Dataset:        # `curves` and `iterative` by metric, sparsity and seed; `correlation` by kind and method; `effect` and `unit_score` of the first run
     "Prune by every method, globally and per layer, with and without fine-tuning; ablate every neuron and head."
-    dims = dict(metric=METRICS, score=METHODS, scope=("global", "per layer"), tuned=(False, True), sparsity=sparsities, seed=range(seeds))
+    dims = dict(metric=METRICS, score=METHODS, scope=("global", "per layer"), tuned=(False, True), sparsity=sparsities, seed=list(seeds))
     empty = lambda *names: xr.DataArray(np.full([len(dims[n]) for n in names], np.nan), {n: list(dims[n]) for n in names}, names)
     curves, iterative, unpruned, found = empty(*dims), empty("metric", "sparsity", "seed"), empty("seed"), {}
-    for seed in range(seeds):
+    for seed in seeds:
         with tempfile.TemporaryDirectory() as run:
             model, initial = fit_recorded(task, seed, run)
             scores, units = all_scores(task, run, model, initial)
@@ -413,7 +413,7 @@ def study(task: Task, seeds: int = 5, sparsities=SPARSITIES,
         order = batches(torch.arange(len(task.train)), task.tune[0], seed, task.tune[1])
         test = lambda m: list(compare(m, reference, task.test).values())
         def tuned(m, mask): return fine_tune(m, mask, task.tuner(m), task.loss, task.train, order)
-        unpruned[seed] = test(model)[0]
+        unpruned.loc[dict(seed=seed)] = test(model)[0]
         for method in METHODS:
             score = {k: scores[method][k] for k in names}
             for scope in dims["scope"]:
@@ -429,18 +429,18 @@ def study(task: Task, seeds: int = 5, sparsities=SPARSITIES,
             iterative.loc[dict(sparsity=sparsity, seed=seed)] = test(tuned(m, keep_mask(score, sparsity)))
         effect = ablate(task, model)
         for key, value in correlations(effect, units).items(): found.setdefault(key, []).append(value)
-        if seed == 0: first = effect, {k: units["path kernel, by component"][k] for k in effect}
+        if seed == seeds[0]: first = effect, {k: units["path kernel, by component"][k] for k in effect}
     kinds, methods = (list(dict.fromkeys(k[i] for k in found)) for i in (0, 1))
-    correlation = xr.DataArray([[found[kind, m] for m in methods] for kind in kinds], dict(kind=kinds, by=methods, seed=list(range(seeds))), ("kind", "by", "seed"))
+    correlation = xr.DataArray([[found[kind, m] for m in methods] for kind in kinds], dict(kind=kinds, by=methods, seed=list(seeds)), ("kind", "by", "seed"))
     of_units = {k: ("unit", list(v.values())) for k, v in zip(("effect", "unit_score"), first)}
     return xr.Dataset(dict(curves=curves, iterative=iterative, unpruned=unpruned, correlation=correlation, **of_units), dict(unit=list(first[0])))
 
-def over_time(task: Task, seeds: int = 5,
+def over_time(task: Task, seeds=range(5),
               parts: int = 10, # windows of the run
              ) -> xr.Dataset:  # `correlation` by kind, part and seed
     "How the importance of components in each part of the run correlates with the effect of their removal at its end."
     found = {}
-    for seed in range(seeds):
+    for seed in seeds:
         with tempfile.TemporaryDirectory() as run:
             model, _ = fit_recorded(task, seed, run)
             edges = [round(i * task.steps / parts) for i in range(parts + 1)]
@@ -449,7 +449,7 @@ def over_time(task: Task, seeds: int = 5,
         for key, value in correlations(ablate(task, model), units).items(): found.setdefault(key, []).append(value)
     kinds, ends = (list(dict.fromkeys(k[i] for k in found)) for i in (0, 1))
     values = [[found[kind, end] for end in ends] for kind in kinds]
-    return xr.Dataset(dict(correlation=(("kind", "part", "seed"), values)), dict(kind=kinds, part=ends, seed=list(range(seeds))))
+    return xr.Dataset(dict(correlation=(("kind", "part", "seed"), values)), dict(kind=kinds, part=ends, seed=list(seeds)))
 
 def write(report: dict, path):
     "Write studies {name: Dataset} and what else is in the report as JSON, rounded."
@@ -473,7 +473,7 @@ def main(out: str,            # the JSON file to write
     report = dict(seeds=seeds, torch=str(torch.__version__), seconds={})
     for net in nets.split():
         began = time.perf_counter()
-        report[net], report[f"{net}, over time"] = study(TASKS[net](), seeds), over_time(TASKS[net](points=30), seeds)
+        report[net], report[f"{net}, over time"] = study(TASKS[net](), range(seeds)), over_time(TASKS[net](points=30), range(seeds))
         report["seconds"][net] = round(time.perf_counter() - began)
         write(report, out)
 

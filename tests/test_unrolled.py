@@ -1,4 +1,6 @@
 "The unrolled sweep against finite differences of retraining, in float64."
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -27,26 +29,26 @@ RUN = BATCHES["unequal"] + BATCHES["repeats"]
 PENALTY = lambda m: .01 * sum(p.square().sum() ** 2 for p in m.parameters())
 
 
-def train(make, weights, path=None, clip=None, penalty=None, average=None, dropout=0., decays=None):
+def train(make, weights, path=None, clip=None, penalty=None, average=None, dropout=0., decays=None, case=CASE):
     "The run with given sample weights, recorded if there is a path; the target at its end."
-    model = model_with(dropout); optimizer = make(model.parameters())
+    model = model_with(dropout, case); optimizer = make(model.parameters())
     torch.manual_seed(3)
     mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(.8)) if average else None
     recorder = Recorder(model, list(getattr(optimizer, "of", [optimizer])), path).__enter__() if path else None
     for s, (ids, w) in enumerate(zip(RUN, weights)):
         if recorder: recorder.batch(ids, w)
         if decays: optimizer.param_groups[0]["weight_decay"] = decays[s]
-        objective = (w * CASE.loss(model, CASE.data[ids])).sum() + (penalty(model) if penalty else 0.)
+        objective = (w * case.loss(model, case.data[ids])).sum() + (penalty(model) if penalty else 0.)
         objective.backward()
         if clip: clip(model)
         optimizer.step(); optimizer.zero_grad()
         if mean: mean.update_parameters(model)
     if recorder: recorder.__exit__(None, None, None)
-    return CASE.target((mean.module if mean else model).eval()).detach()
+    return case.target((mean.module if mean else model).eval()).detach()
 
 
-def model_with(dropout):
-    model = CASE.make()
+def model_with(dropout, case=CASE):
+    model = case.make()
     if dropout: model.body.insert(2, torch.nn.Dropout(dropout))
     return model
 
@@ -63,13 +65,13 @@ def differences(make, s, k, h=1e-6, **kwargs):
     return (ends[0] - ends[1]) / (2 * h)
 
 
-def derivatives(path, dropout=0., **kwargs):
-    return explain(path, model_with(dropout).eval(), CASE.data, CASE.loss, CASE.target, sweep="unrolled", progress=False, **kwargs)
+def derivatives(path, dropout=0., case=CASE, **kwargs):
+    return explain(path, model_with(dropout, case).eval(), case.data, case.loss, case.target, sweep="unrolled", progress=False, **kwargs)
 
 
 def check(make, path, tol=1e-6, average=None, penalty=None, **kwargs):
     end = train(make, even(), path, average=average, penalty=penalty, **kwargs)
-    result = derivatives(path, kwargs.get("dropout", 0.), average=average, penalty=penalty)
+    result = derivatives(path, kwargs.get("dropout", 0.), kwargs.get("case", CASE), average=average, penalty=penalty)
     assert np.allclose(result.prediction, end, atol=1e-13) and result.sweep == "unrolled" and "residual" not in result
     got = result.data.sum("component").transpose("step", "sample", "target").values
     size = abs(got).max()
@@ -93,6 +95,28 @@ class Both:
         for o in self.of: o.step()
     def zero_grad(self):
         for o in self.of: o.zero_grad()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model(tmp_path, name):
+    case = ZOO[name]
+    if name.startswith("tied"): case = case._replace(make=lambda make=case.make: without_padding(make()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)                      # engines may change, by name
+        check(OPTIMIZERS["momentum"], tmp_path, case=case)
+
+
+def without_padding(model): model.embed.padding_idx = None; return model
+
+
+def test_padding_that_moves_is_told(tmp_path):
+    train(OPTIMIZERS["momentum"], even(), tmp_path, case=(case := ZOO["tied layer"]))
+    ask = lambda **how: explain(tmp_path, case.make(), case.data, case.loss, case.target, progress=False, **how)
+    with pytest.warns(UserWarning, match="Row 0 of 'embed.weight'.*missing from these derivatives"): ask(sweep="unrolled")
+    with pytest.warns(UserWarning, match="Row 0 of 'embed.weight'.*stay in the residual"): ask(rule="midpoint", nodes=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Row 0")
+        assert abs(ask(rule="secant").quadrature).max() < 1e-10
 
 
 @pytest.fixture

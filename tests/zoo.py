@@ -26,6 +26,7 @@ class Samples:
     def __len__(self): return len((*self.tensors, *self.named.values())[0])
     def __getitem__(self, ids):
         return {k: x[ids] for k, x in self.named.items()} if self.named else tuple(x[ids] for x in self.tensors)
+    def to(self, device): return Samples(*(x.to(device) for x in self.tensors), **{k: x.to(device) for k, x in self.named.items()})
 
 
 def noise(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -46,7 +47,7 @@ def squared_error(model, batch):
 
 def first_logits(x):
     "A target: the mean outputs of three inputs of their own"
-    return lambda model: model(x).reshape(len(x), -1)[:, :2].mean(1)
+    return lambda model: model(x.to(next(model.parameters()).device)).reshape(len(x), -1)[:, :2].mean(1)
 
 
 class Mlp(nn.Module):
