@@ -276,14 +276,17 @@ def _normed(model): # weight_norm's parameters, of torch.nn.utils.parametrizatio
 
 @contextmanager
 def plain_kernels(model):
-    "Run attention in its mathematical form, recurrent layers without mkldnn, weight normalisation in elementary operations."
-    mha, mkldnn = torch.backends.mha, torch.backends.mkldnn
-    fast, dnn = mha.get_fastpath_enabled(), mkldnn.enabled
+    "Run attention in its mathematical form, recurrent layers without mkldnn and cuDNN, weight normalisation in elementary operations."
+    mha, dnns = torch.backends.mha, (torch.backends.mkldnn, torch.backends.cudnn)
+    fast, enabled = mha.get_fastpath_enabled(), [o.enabled for o in dnns]
     try:
         mha.set_fastpath_enabled(False)
-        if any(isinstance(m, nn.RNNBase) for m in model.modules()): mkldnn.enabled = False
+        if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            for o in dnns: o.enabled = False
         with sdpa_kernel(SDPBackend.MATH), _PlainNorm() if _normed(model) else nullcontext(): yield
-    finally: mha.set_fastpath_enabled(fast); mkldnn.enabled = dnn
+    finally:
+        mha.set_fastpath_enabled(fast)
+        for o, on in zip(dnns, enabled): o.enabled = on
 
 # %% ../nbs/05_contraction.ipynb #d37dce6c
 def _refuse_embedding(model):

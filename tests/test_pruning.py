@@ -266,13 +266,13 @@ def test_cifar2_from_a_file(tmp_path):
 
 def test_study_is_written_and_read(tmp_path):
     task = pruning.digits_task(width=2, steps=12, points=5)
-    ds = pruning.study(task, seeds=2, sparsities=(.5, .9), tune_from=.9)
+    ds = pruning.study(task, range(2), sparsities=(.5, .9), tune_from=.9)
     pruning.write(dict(a=ds, b=[1.5, "c"]), tmp_path / "r.json")
     back = pruning.read(tmp_path / "r.json")
     xr.testing.assert_allclose(back["a"], ds, rtol=1e-3)
     assert back["b"] == [1.5, "c"]
     assert ds.curves.sel(tuned=True, sparsity=.5).isnull().all() and ds.curves.sel(tuned=True, sparsity=.9).notnull().all() and ds.curves.sel(tuned=False).notnull().all()
-    again = pruning.study(task, seeds=1, sparsities=(.5, .9), tune_from=.9)
+    again = pruning.study(task, range(1), sparsities=(.5, .9), tune_from=.9)
     xr.testing.assert_identical(again.curves.sel(seed=0), ds.curves.sel(seed=0))
     for ax in (pruning.plot_curves(back["a"], "accuracy"), pruning.plot_correlation(back["a"], "2"), pruning.plot_ablation(back["a"])): assert ax.has_data()
 
@@ -286,6 +286,6 @@ def test_parts_of_the_run(tmp_path):
                 rule="midpoint", progress=False)
     assert abs(r.initial).max() > 0
     np.testing.assert_allclose(list(found.values()), importance(r), rtol=1e-4)
-    ds = pruning.over_time(task, seeds=1, parts=3)
+    ds = pruning.over_time(task, range(1), parts=3)
     assert ds.correlation.dims == ("kind", "part", "seed") and ds.correlation.shape == (3, 3, 1) and ds.part[-1] == 1
     assert pruning.plot_over_time(ds).has_data()
