@@ -103,7 +103,7 @@ def test_every_model(tmp_path, name):
     if name.startswith("tied"): case = case._replace(make=lambda make=case.make: without_padding(make()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)                      # engines may change, by name
-        check(OPTIMIZERS["momentum"], tmp_path, case=case)
+        check(lambda ps: torch.optim.AdamW(ps, lr=.02, weight_decay=.5, eps=1e-3), tmp_path, case=case)  # with a small eps the differences need a smaller h
 
 
 def without_padding(model): model.embed.padding_idx = None; return model
