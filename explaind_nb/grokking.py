@@ -7,7 +7,7 @@ __all__ = ['LAYERS', 'INNER', 'OUTER', 'WIDTH', 'PLACES', 'layer', 'part', 'four
            'by_sum', 'key_frequencies', 'progress', 'loss_curves', 'at_work', 'score_vectors', 'similarity_map',
            'stripes', 'class_kernel', 'line_errors', 'breaks', 'trends', 'redraw', 'phases', 'events', 'measures',
            'maps', 'stripe_curve', 'kernels', 'compact', 'with_curves', 'look', 'train_run', 'plot_run',
-           'layers_at_work', 'plot_parts', 'plot_progress', 'plot_maps', 'kept', 'summary', 'main']
+           'layers_at_work', 'plot_parts', 'plot_progress', 'plot_maps', 'write_json', 'kept', 'summary', 'main']
 
 # %% ../nbs/15_grokking.ipynb #33c4393a
 import json, math, shutil, tempfile, time
@@ -182,14 +182,16 @@ def trends(y: np.ndarray, places) -> np.ndarray: # [S, curves]
     return np.concatenate([line(a, b) for a, b in zip(edges, edges[1:])])
 
 # %% ../nbs/15_grokking.ipynb #41cfe9be
-def redraw(y, places, rng, block: int = 5):
+def redraw(y, places, rng, block: int = 20): # at most a third of the series
     "The trends between the places, with residuals drawn in blocks."
     fit, n = trends(y, places), len(y)
+    block = min(block, n // 3)
     starts = rng.integers(0, n - block + 1, -(-n // block))
     return fit + (y - fit)[(starts[:, None] + np.arange(block)).ravel()[:n]]
 
 def phases(curves: xr.DataArray, # positive, [step, component]
-           k: int = 2, skip: int = 5, draws: int = 40, seed: int = 0) -> dict: # `breaks`, the 5th and 95th percentile of each (`low`, `high`), `gain` of 1 ... k + 1 breaks, `null`
+           k: int = 2, skip: int = 5, # windows at the start
+           draws: int = 40, seed: int = 0) -> dict: # `breaks`, the 5th and 95th percentile of each (`low`, `high`), `gain` of 1 ... k + 1 breaks, `null`
     "The k steps at which the trends of the logarithms change; left out are the first windows, when all fall from the random start, and parts without a logarithm."
     rng, y = np.random.default_rng(seed), curves.transpose("step", ...).values.astype(float)[skip:]
     y = np.log(y[:, (y > 0).all(0)])
@@ -214,8 +216,9 @@ def events(ds: xr.Dataset, # result of `look`
     peak = int(v[5:].argmax()) + 5
     raised = (data > 0) & (steps >= 50)
     lowered = np.array([raised[:i].any() and (data[i:i + 5] < 0).all() for i in range(len(data))])
+    fallen = v[-1] < .9 * v[peak]
     out = {"training accuracy .5": first(ds["train_accuracy"].values >= .5), "training accuracy .99": first(ds["train_accuracy"].values >= .99), "data begin to lower the validation loss": first(lowered),
-           "validation loss peaks": int(steps[peak]), **{f"validation accuracy {a}": first(ds["val_accuracy"].values >= a) for a in (.1, .5, .9)}}
+           "validation loss peaks": int(steps[peak]) if fallen else None, **{f"validation accuracy {a}": first(ds["val_accuracy"].values >= a) for a in (.1, .5, .9)}}
     if "concentration" in ds: out["embedding concentrates"] = first(ds["concentration"].values >= .2)
     if "restricted" in ds: out["restricted loss falls"] = first((ds["restricted"].values < .9 * math.log(ds.attrs["p"])) & (steps >= 20))
     if lines is None: return out
@@ -281,13 +284,18 @@ def look(run, p, train, val) -> xr.Dataset:
     "Curves and measures of one recorded run."
     return with_curves(measures(run, p, train, val), run, ModularTransformer(p), train, val).assign_attrs(p=p)
 
-def train_run(run, p, seed, max_steps=4000, record=True, **conf):
-    "Train until both accuracies are 1 and record it, unless the recording is there or not wanted. Returns the training and validation pairs."
+def train_run(run, p, seed, max_steps=None, record=True, **conf): # by default at most 3000 steps for p = 113, 1500 otherwise
+    "Train until both accuracies are 1 and record it, if it is wanted; goes on with a recording that was interrupted. Returns the training and validation pairs."
     conf = settings(p) | conf
     train, val = modular_pairs(p, conf["n_train"], conf["n_val"])
-    if record and not Path(run).exists():
-        model, optimizer = fresh(p, seed, **conf)
-        with Recorder(model, optimizer, run) as recorder: fit(model, optimizer, train, val, max_steps, recorder, seed=seed)
+    if not record: return train, val
+    model, optimizer = fresh(p, seed, **conf)
+    first, last = 0, max_steps or (3000 if p == 113 else 1500)
+    if (Path(run)/"meta.json").exists():
+        first = len(History(run))
+        if first: History(run).restore(model, optimizer)
+    if first < last and min(accuracy(model, train), accuracy(model, val)) < 1.:
+        with Recorder(model, optimizer, run) as recorder: fit(model, optimizer, train, val, last, recorder, seed=seed, start=first)
     return train, val
 
 # %% ../nbs/15_grokking.ipynb #5c23fdfa
@@ -369,6 +377,13 @@ def plot_maps(ds: xr.Dataset, # result of `maps`, or of `kernels` with which="ke
     return axes
 
 # %% ../nbs/15_grokking.ipynb #0d222872
+def write_json(path, value):
+    "A list one row per line, anything else in one; the old file stays until the new one is whole."
+    text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if isinstance(value, list) else json.dumps(value)
+    part = Path(f"{path}.part")
+    part.write_text(text + "\n")
+    part.replace(path)
+
 def kept(path, make) -> xr.Dataset:
     "Read the file, or make it and write it."
     if not Path(path).exists(): save(make(), path)
@@ -396,12 +411,13 @@ def main(runs: str = "grokking", # folder for the recorded runs
             usual = decay == settings(p)["weight_decay"]
             folder = Path(runs)/((f"seed{seed}" if p == 113 else f"p{p}seed{seed}") + ("" if usual else f"decay{decay:g}"))
             files = [folder/"look.nc", folder/"lines.nc"] + [out/f"maps{seed}.nc"] * (p == 113 and n == 0)
-            train, val = train_run(folder/"run", p, seed, 3000 if p == 113 else 1500, record=not all(f.exists() for f in files), weight_decay=decay)
-            if not any((r["seed"], r["weight_decay"]) == (seed, decay) for r in rows):
+            known = any((r["seed"], r["weight_decay"]) == (seed, decay) for r in rows)
+            train, val = train_run(folder/"run", p, seed, record=not all(f.exists() for f in files[2 if known else 0:]), weight_decay=decay)
+            if not known:
                 ds, lines = kept(files[0], lambda: look(folder/"run", p, train, val)), kept(files[1], lambda: stripe_curve(folder/"run", p, val).to_dataset())
                 if p == 113: save(ds.merge(lines.rename(step="when", stripes="lines")), out/f"seed{seed}.nc")
                 rows.append(dict(p=p, seed=seed) | summary(ds, lines["stripes"], decay))
-                table.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+                write_json(table, rows)
                 print(rows[-1], flush=True)
             for f in files[2:]: kept(f, lambda: compact(maps(folder/"run", p, val).merge(kernels(folder/"run", p, train, val))))
             if not usual: shutil.rmtree(folder/"run", ignore_errors=True)                       # gigabytes, and not looked at again

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from fastcore.script import call_parse
 from torch.nn import functional as F
 from .cli import fresh, settings
-from .grokking import INNER, LAYERS, OUTER, layer, train_run
+from .grokking import INNER, LAYERS, OUTER, layer, train_run, write_json
 from .history import History
 from .modular import ModularTransformer, accuracy, fit, make_optimizer, modular_pairs
 from .plots import _axes
@@ -49,7 +49,7 @@ CONFIGS = {"attention and linear 1 kept": INNER, "embedding, linear 2 and decode
 MARKS = (.5, .9, .99)
 
 def transplant(theta: dict, keep, seed: int = 0, std: float = .1) -> dict:
-    "The parameters of the kept layers; the others drawn from N(0, std²)."
+    "The parameters of the kept layers (names as in `LAYERS`); the others drawn from N(0, std²)."
     g = torch.Generator().manual_seed(seed)
     drawn = {k: std * torch.randn(v.shape, generator=g, dtype=v.dtype) for k, v in theta.items()}
     return mixed(drawn, theta, keep)
@@ -60,7 +60,7 @@ def marks(log) -> dict: # log of `fit`
     return {"train .99": first(1, .99)} | {f"val {a:g}"[:4] + f"{a:g}"[1:]: first(2, a) for a in MARKS} | {"steps": log[-1][0], "train": log[-1][1], "val": log[-1][2]}
 
 def retrain(p, theta, train, val, max_steps, seed=0, **conf) -> dict:
-    "Train from `theta` until both accuracies are .99."
+    "Train from `theta` with a fresh optimizer until both accuracies are .99, at most `max_steps`; `marks` of it, in steps from there."
     conf = settings(p) | conf
     model = ModularTransformer(p)
     model.load_state_dict(theta)
@@ -79,14 +79,14 @@ def change(model, optimizer, frozen=(), weight_decay=None):
         if weight_decay is not None: group["weight_decay"] = weight_decay
 
 def changed(p, seed, train, val, at: int, max_steps: int, **how) -> dict:
-    "Train as ever for `at` steps, then with a change."
+    "Train as ever for `at` steps, then with a change (`how`: arguments of `change`) up to step `max_steps`; `marks` of it, in steps from the beginning."
     model, optimizer = fresh(p, seed, **settings(p))
     log = fit(model, optimizer, train, val, at, seed=seed, enough=2.)
     change(model, optimizer, **how)
     return marks(log + fit(model, optimizer, train, val, max_steps, seed=seed, start=at, enough=.99))
 
 # %% ../nbs/16_interventions.ipynb #c74c330c
-def rows_of(p, seed, run, train, val, caps):
+def rows_of(p, seed, run, train, val, caps): # steps after which to give up, by kind
     "All interventions on one recorded run: pairs of a key and a function that gives the row."
     h = History(run)
     log, model = [], ModularTransformer(p)
@@ -100,7 +100,8 @@ def rows_of(p, seed, run, train, val, caps):
         for config, keep in CONFIGS.items():
             if keep or place == 1.: yield dict(kind="transplant", at=place, config=config), lambda: dict(start=s) | retrain(p, transplant(h.theta(s), keep, seed), train, val, caps["transplant" if keep else "control"], seed)
     for milestone, i in MILESTONES.items():
-        at = next(o[0] for o in log if o[i] >= .5)
+        at = next((o[0] for o in log if o[i] >= .5), None)
+        if at is None: raise ValueError(f"{run} never reaches {milestone}: leave seed {seed} out, or give it more steps.")
         for change, how in CHANGES.items():
             if change == "nothing" and i == 2 or change not in caps.get("changes", CHANGES): continue
             yield dict(kind="freeze", at=milestone, config=change), lambda: dict(start=at) | changed(p, seed, train, val, at, caps["freeze"], **how)
@@ -121,6 +122,7 @@ def main(runs: str = "grokking", # folder with the recorded runs
     rows = json.loads(Path(out).read_text()) if Path(out).exists() else []
     done = [{k: r.get(k) for k in ("p", "seed", "kind", "at", "config")} for r in rows]
     for p in map(int, primes.split()):
+        if p not in CAPS: raise ValueError(f"CAPS has no limits for p = {p}, only for {', '.join(map(str, CAPS))}: add an entry.")
         for seed in map(int, seeds.split()):
             run = Path(runs)/(f"seed{seed}" if p == 113 else f"p{p}seed{seed}")/"run"
             train, val = train_run(run, p, seed)
@@ -128,5 +130,5 @@ def main(runs: str = "grokking", # folder with the recorded runs
                 full = dict(p=p, seed=seed, kind=None, at=None, config=None) | key
                 if full in done: continue
                 rows.append({k: v for k, v in full.items() if v is not None} | make())
-                Path(out).write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+                write_json(out, rows)
                 print({k: v for k, v in rows[-1].items() if not isinstance(v, list)}, flush=True)

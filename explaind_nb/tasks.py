@@ -20,7 +20,7 @@ import xarray as xr
 from fastcore.script import call_parse
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .grokking import WIDTH, events, kept, layer, phases, score_vectors, similarity_map, spectrum, with_curves
+from .grokking import WIDTH, events, kept, layer, phases, score_vectors, similarity_map, spectrum, with_curves, write_json
 from .history import History, Recorder
 from .modular import ModularTransformer, Pairs, accuracy, fit, make_optimizer, nll
 
@@ -108,7 +108,7 @@ def alike(one: Tensor, other: Tensor, apart: Tensor) -> float:
 
 # %% ../nbs/17_tasks.ipynb #99a5d9fc
 def train_task(run, problem: Problem, network: str, seed: int, share=.6, steps=2500, lr=4e-3, weight_decay=2.):
-    "Train until both accuracies are .99 and record it, unless the recording is there. Returns the model as it was at the start, training and validation pairs."
+    "Train until both accuracies are .99 and record it, unless the recording is there. Returns the model as it was at the start, training and validation pairs; `share` of the pairs to train on, at most `steps`."
     train, val = problem_pairs(problem, share)
     torch.manual_seed(seed)
     model = NETWORKS[network](len(problem.table))
@@ -126,23 +126,30 @@ def simple_measures(run, model, train, val) -> xr.Dataset: # over step (start of
         rows.append(losses | dict(train_accuracy=accuracy(model, train), val_accuracy=accuracy(model, val)))
     return xr.Dataset({k: ("step", [r[k] for r in rows]) for k in rows[0]})
 
-def geometry(run, problem: Problem, model, val, places=(.1, .9), length: int = 50, every: int = 5, points: int = 1000, shuffles: int = 20) -> dict:
+def geometry(run, problem: Problem, model, val,
+             places=(.1, .9),     # of the run: where the windows begin
+             length: int = 50,    # steps of a window
+             every: int = 5,      # one step in so many is looked at
+             points: int = 1000,  # validation pairs
+             shuffles: int = 20) -> dict:
     "{layer: {place: share of the map that depends on the difference}}, the largest share of shuffled maps, and how like the final log-probabilities the map is."
     h, n = History(run), len(problem.table)
     tokens, classes = val[torch.arange(min(points, len(val)))]
     model.load_state_dict(h.theta(len(h)))
     with torch.no_grad(): final = by_class(model(tokens), classes, n)
-    out, g = {}, torch.Generator().manual_seed(0)
+    out, g, there = {}, torch.Generator().manual_seed(0), F.one_hot(classes, n).sum(0) > 0
+    present = lambda table: table[there][:, there]                         # a class without validation pairs says nothing
+    apart, final = present(problem.apart), present(final)
     for place in places:
         start = min(int(place * len(h)), len(h) - length)
         for k, v in score_vectors(run, model, tokens, range(start, start + length, every)).items():
-            table = similarity_map(v, classes, n)
-            mixed = [shared(table[o][:, o], problem.apart) for o in (torch.randperm(n, generator=g) for _ in range(shuffles))]
-            out.setdefault(k, {})[place] = dict(shared=shared(table, problem.apart), shuffled=max(mixed), alike=alike(table, final, problem.apart))
+            table = present(similarity_map(v, classes, n))
+            mixed = [shared(table[o][:, o], apart) for o in (torch.randperm(len(table), generator=g) for _ in range(shuffles))]
+            out.setdefault(k, {})[place] = dict(shared=shared(table, apart), shuffled=max(mixed), alike=alike(table, final, apart))
     return out
 
 def task_row(run, problem: Problem, model, train, val) -> dict:
-    "Events, phases and geometry of one recorded run."
+    "Events, phases and geometry of one recorded run; `train` and `val` are the accuracies at the last look, ten steps or less before its end."
     ds = with_curves(simple_measures(run, model, train, val), run, model, train, val)
     return dict(steps=len(History(run)), train=ds["train_accuracy"][-1].item(), val=ds["val_accuracy"][-1].item(), **events(ds),
                 phases=phases(ds["work_data"] + ds["work_decay"]), geometry=geometry(run, problem, model, val))
@@ -168,5 +175,5 @@ def main(out: str = "nbs/results/grokking/tasks.json",
             with tempfile.TemporaryDirectory() as run:
                 model, train, val = train_task(f"{run}/run", problem, network, seed, share)
                 rows.append(dict(problem=name, p=p, network=network, share=share, seed=seed) | task_row(f"{run}/run", problem, model, train, val))
-            Path(out).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+            write_json(out, rows)
             print({k: v for k, v in rows[-1].items() if k != "geometry"}, flush=True)

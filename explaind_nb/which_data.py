@@ -17,9 +17,11 @@ import xarray as xr
 from fastcore.script import call_parse
 from torch import Tensor
 from torch.nn import functional as F
+from .cli import settings
+from .grokking import write_json
 from .history import Recorder
 from .kernel import explain, save
-from .modular import accuracy, nll
+from .modular import accuracy, modular_pairs, nll
 from .samples import lds, random_masks, spearman
 from .tasks import NETWORKS, alike, modulo, problem_pairs, shared
 
@@ -32,13 +34,14 @@ def weighted_run(train, val, seed: int, steps: int,
                  path=None,              # record the run there
                  network="MLP", eps=1e-4,
                  jitter=0.,              # relative noise on the initial weights
-                 enough=2.,              # stop at this validation accuracy
+                 draw=0,                 # which noise
+                 enough=2.,              # stop at this validation accuracy, but not before the last step of `at`
                  every=5,
                 ) -> tuple:              # model, [(step, validation accuracy)], {step: losses [V]}
     "Full-batch training in which every pair has a weight."
     torch.manual_seed(seed)
     model = NETWORKS[network](int(train.tokens.max()) - 1)
-    noise, order, log, losses = torch.Generator().manual_seed(1), torch.Generator().manual_seed(seed), [], {}
+    noise, order, log, losses = torch.Generator().manual_seed(draw), torch.Generator().manual_seed(seed), [], {}
     with torch.no_grad():
         for p in model.parameters(): p.mul_(1 + jitter * torch.randn(p.shape, generator=noise))
     optimizer = torch.optim.AdamW(model.parameters(), eps=eps, **ADAM)
@@ -48,7 +51,7 @@ def weighted_run(train, val, seed: int, steps: int,
                 with torch.no_grad(): losses[s] = nll(model, val[:])
             if s % every == 0:
                 log.append((s, accuracy(model, val)))
-                if log[-1][1] >= enough: break
+                if log[-1][1] >= enough and s >= max(at, default=0): break
             if s == steps: break
             ids = torch.randperm(len(train), generator=order)
             if recorder: recorder.batch(ids)
@@ -63,13 +66,13 @@ def reached(log, accuracy: float = .5): # None if it was not
         if b >= accuracy: return s + (t - s) * (accuracy - a) / (b - a) if b > a else t
 
 # %% ../nbs/18_which_data.ipynb #49637c2c
-SHAKEN = {"transformer": dict(network="transformer", eps=1e-8, steps=2500), "MLP, eps = 1e-8": dict(network="MLP", eps=1e-8, steps=800), "MLP, eps = 1e-4": dict(network="MLP", eps=1e-4, steps=800)}
+SHAKEN = {"transformer": dict(network="transformer", eps=1e-8, steps=1500), "MLP, eps = 1e-8": dict(network="MLP", eps=1e-8, steps=800), "MLP, eps = 1e-4": dict(network="MLP", eps=1e-4, steps=800)}
 
 def shaken(train, val, seed=0, repeats=10, removed=.01, **run) -> dict: # the step with half of the validation pairs right: of the run itself, with noise on its first weights, without random pairs
-    "How far the step of generalisation moves when next to nothing changes."
+    "How far the step of generalisation moves when next to nothing changes; None where it does not come."
     when = lambda **how: reached(weighted_run(train, val, seed, enough=.5, **run, **how)[1])
     masks = torch.tensor(random_masks(repeats, len(train), removed, 0))
-    return dict(itself=when(), noise=[when(jitter=1e-4 * (1 + i)) for i in range(repeats)], removed=[when(weight=1. - m.float()) for m in masks])
+    return dict(itself=when(), noise=[when(jitter=1e-4, draw=i) for i in range(repeats)], removed=[when(weight=1. - m.float()) for m in masks])
 
 # %% ../nbs/18_which_data.ipynb #2ea9574a
 HORIZONS = (.4, .7, 1.)
@@ -104,9 +107,8 @@ def removal_study(train, val, seed: int, sizes=((.05, 40), (.01, 20)), steps=800
         masks = random_masks(many, len(train), share, 3)
         again = [weighted_run(train, val, seed, steps, 1. - torch.tensor(m).float(), at=ends, enough=.5)[1:] for m in masks]
         when = np.array([reached(a[0]) or steps for a in again])
-        changed = {e: np.array([(a[1][e].mean() - base[e].mean()).item() if e in a[1] else np.nan for a in again]) for e in ends}
-        ok = ~np.isnan(changed[ends[-1]])
-        out["removed"][share] = dict(steps=when.tolist(), lds={k: [float(lds(scores[e][k], masks[ok], changed[e][ok, None])[0]) for e in ends] for k in SWEEPS},
+        changed = {e: np.array([(a[1][e].mean() - base[e].mean()).item() for a in again]) for e in ends}
+        out["removed"][share] = dict(steps=when.tolist(), lds={k: [float(lds(scores[e][k], masks, changed[e][:, None])[0]) for e in ends] for k in SWEEPS},
                                      lds_step={k: float(lds(scores[ends[-1]][k], masks, when[:, None])[0]) for k in SWEEPS})
     return out
 
@@ -188,8 +190,11 @@ def main(out: str = "nbs/results/grokking", # the folder to write to
     torch.set_num_threads(threads)
     train, val = problem_pairs(modulo(p, torch.add))
     file, seeds = Path(out)/"which_data.json", list(map(int, seeds.split()))
-    report = json.loads(file.read_text()) if file.exists() else {}
-    jobs = {f"shaken, {name}": (lambda how=how: shaken(train, val, **how)) for name, how in SHAKEN.items()}
+    report = json.loads(file.read_text()) if file.exists() else dict(p=p)
+    if report["p"] != p: raise ValueError(f"{file} holds results for p = {report['p']}: give another folder.")
+    conf = settings(p)
+    once = modular_pairs(p, conf["n_train"], conf["n_val"])               # no pair both ways round, as in the paper: to the transformer they are the same question
+    jobs = {f"shaken, {name}": (lambda how=how: shaken(*(once if how["network"] == "transformer" else (train, val)), **how)) for name, how in SHAKEN.items()}
     for seed in seeds: jobs |= {f"removals, {seed}": lambda seed=seed: removal_study(train, val, seed), f"sets, {seed}": lambda seed=seed: set_study(train, val, p, seed)}
     def groups(seed):
         ds = group_study(train, val, p, seed)
@@ -203,5 +208,5 @@ def main(out: str = "nbs/results/grokking", # the folder to write to
     for name, job in jobs.items():
         if name in report: continue
         report[name] = job()
-        file.write_text(json.dumps(report) + "\n")
+        write_json(file, report)
         print(name, flush=True)

@@ -29,9 +29,10 @@ def select(result: xr.Dataset,  # what `explain` or `reconstruct` returned
           ) -> xr.Dataset:
     "The part of a result that belongs to a window of steps and to one component."
     if window is not None:
-        s = _edges(result)[:-1]
-        at = np.flatnonzero((s >= window[0]) & (s < window[1]))
-        if not len(at): raise ValueError(f"No step of the result is in {tuple(window)}: its steps are {s[0]} to {s[-1]}.")
+        edges = _edges(result)
+        if not (window[0] in edges and window[1] in edges and window[0] < window[1]):
+            raise ValueError(f"{tuple(window)} does not begin and end at edges of the result's windows: they are {', '.join(map(str, edges[:4]))}, ... {edges[-1]}.")
+        at = np.flatnonzero((edges[:-1] >= window[0]) & (edges[:-1] < window[1]))
         result = result.isel(step=at)
     if component is None: return result
     if "component" not in result.dims: raise ValueError("This result has no axis 'component': explain with keep= containing 'component'.")
