@@ -155,7 +155,7 @@ def wanda(model, loss, points):
     return {k: p.detach().abs() * norms.get(k, len(tree_leaves(points)[0])**.5) for k, p in model.named_parameters()}
 
 def by_row(score: dict) -> dict:
-    "Rank of every entry within its row (the first axis), as a share; the best has 1. Cutting by it takes the same share of each row."
+    "Rank of every entry within its row (the first axis), as a share; the best has 1. Cutting by it takes about the same share of each row."
     rank = lambda x: (x.argsort(1).argsort(1).double() + 1) / x.shape[1]
     return {k: rank(v.flatten(1)).reshape(v.shape) if v.dim() > 1 else v for k, v in score.items()}
 
