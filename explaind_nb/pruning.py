@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BASELINES', 'METRICS', 'CIFAR', 'TASKS', 'SPARSITIES', 'METHODS', 'STYLES', 'here', 'straight', 'recorded', 'along',
            'groups', 'path_scores', 'gradient_times_weight', 'wanda', 'by_row', 'keep_mask', 'apply_mask', 'prune',
-           'fine_tune', 'compare', 'spearman', 'Task', 'all_log_probs', 'prunable', 'triangular', 'fit_recorded',
-           'digits_cnn', 'channels', 'digits_task', 'right_log_prob', 'modular_task', 'Residual', 'resnet9',
-           'cats_and_dogs', 'cifar2', 'cifar2_task', 'all_scores', 'ablate', 'correlations', 'study', 'over_time',
-           'write', 'read', 'main', 'plot_curves', 'plot_correlation', 'plot_ablation', 'plot_over_time']
+           'fine_tune', 'compare', 'rank_correlation', 'Task', 'all_log_probs', 'prunable', 'triangular',
+           'fit_recorded', 'digits_cnn', 'channels', 'digits_task', 'right_log_prob', 'modular_task', 'Residual',
+           'resnet9', 'cats_and_dogs', 'cifar2', 'cifar2_task', 'all_scores', 'ablate', 'correlations', 'study',
+           'over_time', 'write', 'read', 'main', 'plot_curves', 'plot_correlation', 'plot_ablation', 'plot_over_time']
 
 # %% ../nbs/14_pruning.ipynb #ce58a19c
 import copy, io, json, math, tarfile, tempfile, time, urllib.request
@@ -238,7 +238,7 @@ def compare(model,           # the pruned network
     kl = (reference.exp() * (reference - out)).sum(-1).mean().item()
     return dict(accuracy=same(out.argmax(-1), y), agreement=same(out.argmax(-1), reference.argmax(-1)), kl=kl)
 
-def spearman(a, b) -> float: # rank correlation of two vectors; equal values share a rank; nan if one of them is constant
+def rank_correlation(a, b) -> float: # rank correlation of two vectors; equal values share a rank; nan if one of them is constant
     "Dead neurons tie, so ties matter."
     a, b = (pd.Series(x).rank().to_numpy() for x in (a, b))
     a, b = a - a.mean(), b - b.mean()
@@ -396,7 +396,7 @@ def correlations(effect: dict, units: dict) -> dict: # {(kind, method): rank cor
     "Rank correlation of the scores of components with what their removal does, among components of one kind."
     kinds = dict.fromkeys(map(_kind, effect))
     rows = lambda d, kind: [d[k] for k in effect if _kind(k) == kind]
-    return {(kind, method): spearman(rows(effect, kind), rows(d, kind)) for kind in kinds for method, d in units.items()}
+    return {(kind, method): rank_correlation(rows(effect, kind), rows(d, kind)) for kind in kinds for method, d in units.items()}
 
 def study(task: Task, seeds=range(5), sparsities=SPARSITIES,
           tune_from: float = .5, # fine-tune from this sparsity on

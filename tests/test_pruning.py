@@ -14,7 +14,7 @@ from zoo import ZOO
 from explaind_nb import pruning
 from explaind_nb.influence import importance
 from explaind_nb.kernel import explain
-from explaind_nb.pruning import BASELINES, Task, along, apply_mask, by_row, compare, fine_tune, gradient_times_weight, groups, here, keep_mask, path_scores, prune, recorded, spearman, straight
+from explaind_nb.pruning import BASELINES, Task, along, apply_mask, by_row, compare, fine_tune, gradient_times_weight, groups, here, keep_mask, path_scores, prune, recorded, rank_correlation, straight
 
 
 def outputs(model, batch): return model(batch[0]).log_softmax(-1)
@@ -209,9 +209,9 @@ def test_metrics():
 
 
 def test_rank_correlation():
-    assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1) and spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert spearman([0, 0, 1, 2], [0, 0, 5, 5]) == pytest.approx(np.corrcoef([1.5, 1.5, 3, 4], [1.5, 1.5, 3.5, 3.5])[0, 1])
-    assert np.isnan(spearman([0, 0], [1, 2]))
+    assert rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1) and rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([0, 0, 1, 2], [0, 0, 5, 5]) == pytest.approx(np.corrcoef([1.5, 1.5, 3, 4], [1.5, 1.5, 3.5, 3.5])[0, 1])
+    assert np.isnan(rank_correlation([0, 0], [1, 2]))
 
 
 @pytest.mark.parametrize("call, message", [
