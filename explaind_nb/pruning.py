@@ -496,7 +496,7 @@ def plot_curves(ds: xr.Dataset,           # what `study` returned
         ax.fill_between(kept, v.min("seed"), v.max("seed"), color=color, alpha=.12, lw=0)
     if metric == "kl": ax.set_yscale("log"); ax.set_ylim(bottom=1e-4)
     ax.set_xscale("log"); ax.set_xlim(kept.max() * 1.1, kept.min() / 1.1); ax.minorticks_off()
-    ticks = [s for s in ds.sparsity.values if s in (.2, .5, .8, .9, .95, .98, .99, .999)]
+    ticks = [s for s in ds.sparsity.values if s in (.5, .8, .9, .95, .98, .99, .999)]
     ax.set_xticks([1 - s for s in ticks], [f"{100 * s:g}%" for s in ticks], fontsize=8)
     ax.set(xlabel="parameters cut", ylabel={"kl": "KL from the unpruned"}.get(metric, metric))
     ax.set_title(f"{scope}, {'fine-tuned' if tuned else 'not fine-tuned'}", loc="left", fontsize=10)
