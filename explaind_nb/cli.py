@@ -63,16 +63,17 @@ def fresh(p, seed, lr, weight_decay, **_):
     model = ModularTransformer(p)
     return model, make_optimizer(model, lr=lr, weight_decay=weight_decay)
 
-def train_recorded(run, make, train, val, max_steps, seed):
+def train_recorded(run, make, train, val, max_steps, seed, progress=True):
     "Train until grokked while recording; go on if part of it is there. Returns the model, the log of accuracies and the recorder's own cost."
     model, optimizer = make()
     first = 0
     if (run/"meta.json").exists():
         history = History(run); first = len(history)
+    if first:
         history.restore(model, optimizer)
         print(f"{run} holds {first} steps: going on from there")
     with Recorder(model, optimizer, run) as recorder:
-        log = fit(model, optimizer, train, val, max_steps, recorder, seed=seed, start=first, progress=True)
+        log = fit(model, optimizer, train, val, max_steps, recorder, seed=seed, start=first, progress=progress)
     return model, log, recorder.cost
 
 def verdict(log, seed_steps) -> str:

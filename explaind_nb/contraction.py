@@ -267,9 +267,8 @@ class _Call(nn.Module):
 class _PlainNorm(TorchFunctionMode):
     "Weight normalisation in elementary operations: the second derivative of the fused one is wrong."
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not torch._weight_norm: return func(*args, **(kwargs or {}))
-        v, g, dim = (*args, *(kwargs or {}).values(), 0)[:3]
-        return v * (g / torch.norm_except_dim(v, 2, dim))
+        def plain(v, g, dim=0): return v * (g / torch.norm_except_dim(v, 2, dim))
+        return (plain if func is torch._weight_norm else func)(*args, **(kwargs or {}))
 
 def _normed(model): # weight_norm's parameters, of torch.nn.utils.parametrizations and of torch.nn.utils
     return any(n.endswith((".original1", "_v")) for n, _ in model.named_parameters())

@@ -19,10 +19,10 @@ import matplotlib.pyplot as plt
 from fastcore.script import call_parse
 from torch import Tensor
 from torch.nn import functional as F
-from .history import History, Recorder
+from .history import History
 from .kernel import Query, Streams, explain, load, reconstruct, save
-from .modular import ModularTransformer, accuracy, fit, modular_pairs, nll
-from .cli import fresh, settings
+from .modular import ModularTransformer, accuracy, modular_pairs, nll
+from .cli import fresh, settings, train_recorded
 from .plots import COLORS, _axes, _title
 
 # %% ../nbs/15_grokking.ipynb #bad54736
@@ -288,14 +288,7 @@ def train_run(run, p, seed, max_steps=None, record=True, **conf): # by default a
     "Train until both accuracies are 1 and record it, if it is wanted; goes on with a recording that was interrupted. Returns the training and validation pairs."
     conf = settings(p) | conf
     train, val = modular_pairs(p, conf["n_train"], conf["n_val"])
-    if not record: return train, val
-    model, optimizer = fresh(p, seed, **conf)
-    first, last = 0, max_steps or (3000 if p == 113 else 1500)
-    if (Path(run)/"meta.json").exists():
-        first = len(History(run))
-        if first: History(run).restore(model, optimizer)
-    if first < last and min(accuracy(model, train), accuracy(model, val)) < 1.:
-        with Recorder(model, optimizer, run) as recorder: fit(model, optimizer, train, val, last, recorder, seed=seed, start=first)
+    if record: train_recorded(Path(run), lambda: fresh(p, seed, **conf), train, val, max_steps or (3000 if p == 113 else 1500), seed, progress=False)
     return train, val
 
 # %% ../nbs/15_grokking.ipynb #5c23fdfa

@@ -307,12 +307,12 @@ def _component_of(layout, comps):
 
 def _warn_padding(q, unrolled=False):
     "Say which rows autograd is blind to, if they move."
-    if q.rule in SECANT_RULES: return
+    padding = {f"{n}.weight" if n else "weight": m.padding_idx for n, m in q.probe.model.named_modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.padding_idx is not None}
+    padding = _only(padding, [k for k in padding if k in q.layout.shapes])
+    if not padding or q.rule in SECANT_RULES: return
     first, last = q.history.theta(q.start), q.history.theta(q.stop)
-    for name, m in q.probe.model.named_modules():
-        k = f"{name}.weight" if name else "weight"
-        row = getattr(m, "padding_idx", None) if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) else None
-        if row is not None and k in q.layout.shapes and not torch.equal(first[k][row], last[k][row]):
+    for k, row in padding.items():
+        if not torch.equal(first[k][row], last[k][row]):
             where, remedy = ("are missing from these derivatives", "train with padding_idx=None") if unrolled else ("stay in the residual", "ask with rule='secant', which sees them")
             warnings.warn(f"Row {row} of {k!r} moves during the run (its weight is tied, or decays), but autograd gives no derivative by it, since it is padding_idx: its effects on what is embedded {where}. Remove the padding from what is computed, or {remedy}.", stacklevel=3)
 
